@@ -1,0 +1,176 @@
+"""The time loops in plain PyTorch. This file defines the meaning; every other backend must agree with it.
+
+Shapes: B batch, L pairs in a sequence, T time steps an input is held, E embedding size, M memory size.
+Source: arXiv:2205.11276, Fig. 1 and "Memorizing associations" in Methods.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from models.neurons import LIFConstants, LIFState, lif_step
+from models.plasticity import HebbianConstants, hebbian_update, update_trace
+
+# The recorded populations, under the names that rates and activity are given by.
+POPULATIONS = (
+    "features_encoded",
+    "labels_encoded",
+    "query_encoded",
+    "write_key",
+    "write_value",
+    "read_key",
+    "read_value",
+)
+
+# While gradients are kept, the writing loop is recomputed in segments of so many steps: memory grows with the number of
+# segments plus the length of one, and one memory matrix a step is never kept.
+SEGMENT_STEPS = 25
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """All constants of the network in time."""
+
+    num_time_steps: int = 100  # T, steps (ms) for which each input is held
+    readout_delay: int = 1  # steps after which value spikes feed back to the reading keys
+    memory_feedback: float = 0.2  # strength of the memory's output to the value neurons while writing
+    readout_steps: int = 30  # value spikes of so many last steps are summed for the output
+    lif: LIFConstants = field(default_factory=LIFConstants)
+    hebbian: HebbianConstants = field(default_factory=HebbianConstants)
+
+
+class Recalled(NamedTuple):
+    """What a backend returns."""
+
+    readout: Tensor  # B x M, value spikes summed over the last steps of reading
+    spike_counts: dict[str, Tensor]  # population -> B x neurons, differentiable
+    activity: dict[str, Tensor] | None  # population -> spikes B x time x neurons, and "memory" B x M x M; detached
+
+
+def lif(current: Tensor, steps: int, constants: LIFConstants) -> Tensor:
+    """A feed-forward LIF population, from rest.
+
+    Args:
+        current: B x inputs x neurons; every input is held for `steps` steps.
+
+    Returns:
+        Spikes, B x (inputs * steps) x neurons.
+    """
+    state = LIFState.at_rest(current[:, 0])
+    spikes = []
+    for held in current.unbind(1):
+        for _ in range(steps):
+            state = lif_step(held, state, constants)
+            spikes.append(state.spikes)
+    return torch.stack(spikes, dim=1)
+
+
+def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor, Tensor]:
+    """Write into an empty Hebbian memory.
+
+    At each step, with the memory W as it was before: k = LIF(i_k), v = LIF(i_v + 0.2 W k); then the traces of k and v and the
+    Hebbian update of W.
+
+    Args:
+        key_current, value_current: i_k and i_v, B x time x M.
+
+    Returns:
+        The memory after the last step (B x M x M, values x keys), key spikes and value spikes (B x time x M).
+    """
+    key_spikes = lif(key_current, 1, dynamics.lif)  # keys do not depend on the memory
+    batch, _, size = key_current.shape
+    memory = key_current.new_zeros(batch, size, size)
+    trace = torch.zeros_like(key_current[:, 0])
+    carry = (memory, *LIFState.at_rest(value_current[:, 0]), trace, trace)
+    values = []
+    for k, i_v in zip(key_spikes.split(SEGMENT_STEPS, 1), value_current.split(SEGMENT_STEPS, 1), strict=True):
+        if torch.is_grad_enabled():
+            *carry, v = checkpoint(_write_segment, k, i_v, dynamics, *carry, use_reentrant=False, preserve_rng_state=False)
+        else:
+            *carry, v = _write_segment(k, i_v, dynamics, *carry)
+        values.append(v)
+    return carry[0], key_spikes, torch.cat(values, dim=1)
+
+
+def _write_segment(key_spikes, value_current, dynamics, memory, z, v, r, value_trace, key_trace):
+    state = LIFState(z, v, r)
+    values = []
+    for k, i_v in zip(key_spikes.unbind(1), value_current.unbind(1), strict=True):
+        recalled = (memory @ k.unsqueeze(-1)).squeeze(-1)
+        state = lif_step(i_v + dynamics.memory_feedback * recalled, state, dynamics.lif)
+        key_trace = update_trace(key_trace, k, dynamics.hebbian)
+        value_trace = update_trace(value_trace, state.spikes, dynamics.hebbian)
+        memory = hebbian_update(memory, value_trace, key_trace, dynamics.hebbian)
+        values.append(state.spikes)
+    return memory, *state, value_trace, key_trace, torch.stack(values, dim=1)
+
+
+def hebbian_read(query_current: Tensor, memory: Tensor, feedback_weight: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
+    """Read from a Hebbian memory, which stays as it is.
+
+    At each step k(t) = LIF(i_q(t) + W_feedback v(t - readout_delay)), v(t) = LIF(W k(t)); no value spikes before step 0.
+
+    Args:
+        query_current: i_q, B x time x M.
+        memory: W, B x M x M (values x keys).
+        feedback_weight: W_feedback, M x M, from value neurons to key neurons.
+
+    Returns:
+        Key spikes and value spikes, B x time x M.
+    """
+    key = value = LIFState.at_rest(query_current[:, 0])
+    keys, values = [], []
+    for t, current in enumerate(query_current.unbind(1)):
+        if t >= dynamics.readout_delay:
+            current = current + linear(values[t - dynamics.readout_delay], feedback_weight)
+        key = lif_step(current, key, dynamics.lif)
+        value = lif_step((memory @ key.spikes.unsqueeze(-1)).squeeze(-1), value, dynamics.lif)
+        keys.append(key.spikes)
+        values.append(value.spikes)
+    return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+
+
+def store_and_recall(
+    features_current: Tensor,
+    labels_current: Tensor,
+    query_current: Tensor,
+    write_weight: Tensor,
+    read_weight: Tensor,
+    dynamics: Dynamics,
+    record: bool = False,
+) -> Recalled:
+    """The whole network in time: encode the pairs, write them into the memory, encode the query, read.
+
+    Args:
+        features_current, labels_current: constant input currents of the encoding population, B x L x E.
+        query_current: the same for the query, B x E.
+        write_weight: 2M x 2E; first M rows to the keys, last M to the values; first E columns from vectors, last E from labels.
+        read_weight: M x (E + M); first E columns from the query, last M from the value neurons.
+        record: return the spikes of every population and the memory, too.
+    """
+    num_steps, constants = dynamics.num_time_steps, dynamics.lif
+    features = lif(features_current, num_steps, constants)
+    labels = lif(labels_current, num_steps, constants)
+    query = lif(query_current.unsqueeze(1), num_steps, constants)
+
+    embedding_size = query.shape[-1]
+    key_current, value_current = linear(torch.cat([features, labels], dim=-1), write_weight).chunk(2, dim=-1)
+    memory, write_key, write_value = hebbian_write(key_current, value_current, dynamics)
+    from_query, from_values = read_weight[:, :embedding_size], read_weight[:, embedding_size:]
+    read_key, read_value = hebbian_read(linear(query, from_query), memory, from_values, dynamics)
+
+    spikes = dict(zip(POPULATIONS, (features, labels, query, write_key, write_value, read_key, read_value), strict=True))
+    return Recalled(
+        readout=read_value[:, -dynamics.readout_steps :].sum(1),
+        spike_counts={name: z.sum(1) for name, z in spikes.items()},
+        activity={name: z.detach() for name, z in (spikes | {"memory": memory}).items()} if record else None,
+    )
+
+
+def unavailable(device_type: str) -> None:
+    """Runs everywhere."""
+    return None
