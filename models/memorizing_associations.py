@@ -59,12 +59,8 @@ class MemorizingAssociations(nn.Module):
             query: one of the vectors, B x F.
             record: return the spikes of every population and the memory, too.
         """
-        # The published layer multiplies by an E x E matrix of ones, which is not learned, and sums over its E rows.
-        gain = self.sizes.embedding_size
         recalled = kernels.store_and_recall(
-            gain * self.input_layer(features),
-            gain * self.embedding_layer(labels),
-            gain * self.input_layer(query),
+            *self.encoding_currents(features, labels, query),
             self.writing_layer.W,
             self.reading_layer.W,
             self.dynamics,
@@ -74,6 +70,12 @@ class MemorizingAssociations(nn.Module):
         return Output(
             self.output_layer(recalled.readout), self._rates(recalled.spike_counts, features.shape[1]), recalled.activity
         )
+
+    def encoding_currents(self, features: Tensor, labels: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Constant input currents of the encoding population: for vectors and labels B x L x E, for the query B x E."""
+        # The published layer multiplies by an E x E matrix of ones, which is not learned, and sums over its E rows.
+        gain = self.sizes.embedding_size
+        return gain * self.input_layer(features), gain * self.embedding_layer(labels), gain * self.input_layer(query)
 
     def _rates(self, spike_counts: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         duration = self.dynamics.num_time_steps * SECONDS_PER_STEP
