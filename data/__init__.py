@@ -1,0 +1,90 @@
+"""The generated task: pairs of random vectors and labels, and a query for the label of one of the vectors.
+
+Shapes: N samples, L pairs in a sequence, F features, C classes.
+Source: arXiv:2205.11276, "Memorizing associations" in Methods.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TRAINING_SAMPLES = 9_000  # an epoch
+EVALUATION_SAMPLES = {"validation": 1_000, "test": 2_000}
+
+# The published sets are seeded by these, added to the seed of the dataset: its default number of loader workers (4), plus one
+# for the test set.
+_EVALUATION_SEED = {"validation": 4, "test": 5}
+
+
+class Samples(NamedTuple):
+    """Samples of one sequence length."""
+
+    features: Tensor  # N x L x F float32 in [0, 1)
+    labels: Tensor  # N x L int64, no label twice in a sample
+    query: Tensor  # N x F float32, one of the L vectors
+    answer: Tensor  # N int64, its label
+
+    def __getitem__(self, index):
+        """A slice or a selection of the samples."""
+        return Samples(*(field[index] for field in tuple(self)))
+
+    def __len__(self) -> int:
+        return self.answer.shape[0]
+
+    def to(self, device: torch.device) -> "Samples":
+        if device.type == "cpu":
+            return self
+        return Samples(*(field.pin_memory().to(device, non_blocking=True) for field in tuple(self)))
+
+
+def evaluation_set(split: str, sequence_length: int, num_classes: int, feature_size: int, dataset_seed: int) -> Samples:
+    """The published validation or test set, bit for bit.
+
+    Args:
+        split: "validation" or "test".
+        sequence_length: L, at most `num_classes`.
+    """
+    rng = np.random.default_rng(dataset_seed + _EVALUATION_SEED[split])
+    size = EVALUATION_SAMPLES[split]
+    features = np.empty((size, sequence_length, feature_size), np.float32)
+    labels = np.empty((size, sequence_length), np.int64)
+    queried = np.empty(size, np.int64)
+    for n in range(size):
+        features[n] = rng.random((sequence_length, feature_size))
+        labels[n] = rng.choice(num_classes, sequence_length, replace=False)
+        queried[n] = rng.choice(sequence_length)
+    return _samples(features, labels, queried)
+
+
+def training_samples(
+    start: int, stop: int, epoch: int, sequence_length: int, num_classes: int, feature_size: int, dataset_seed: int
+) -> Samples:
+    """Training samples `start` to `stop - 1` of an epoch.
+
+    Each is a pure function of the sizes, the seed, the epoch and its index, however the epoch is cut into batches: sample i owns
+    the i-th block of a counter-based generator, keyed by all the rest. No such stream meets those of the evaluation sets, which
+    come from a generator of another kind.
+    """
+    values = sequence_length * feature_size
+    draws = values + num_classes + 1
+    blocks = -(-draws // 4)  # Philox yields four numbers for each step of its counter
+    bits = np.random.Philox(np.random.SeedSequence([dataset_seed, epoch, sequence_length, num_classes, feature_size]))
+    bits.advance(start * blocks)
+    uniform = np.random.Generator(bits).random((stop - start, 4 * blocks))
+    features = uniform[:, :values].astype(np.float32).reshape(-1, sequence_length, feature_size)
+    labels = np.argsort(uniform[:, values : values + num_classes], axis=1, kind="stable")[:, :sequence_length]
+    queried = (uniform[:, values + num_classes] * sequence_length).astype(np.int64)
+    return _samples(features, np.ascontiguousarray(labels), queried)
+
+
+def training_order(epoch: int, dataset_seed: int) -> np.ndarray:
+    """The order in which an epoch shows a fixed training set."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([dataset_seed, epoch]))).permutation(TRAINING_SAMPLES)
+
+
+def _samples(features: np.ndarray, labels: np.ndarray, queried: np.ndarray) -> Samples:
+    rows = np.arange(len(queried))
+    arrays = (features, labels, features[rows, queried], labels[rows, queried])
+    return Samples(*(torch.from_numpy(array) for array in arrays))

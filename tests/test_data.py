@@ -1,0 +1,66 @@
+"""The published evaluation sets, and training samples that depend on nothing but what they are named by."""
+
+import hashlib
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+import data
+
+FIELDS = data.Samples._fields
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(("length", "classes"), [(10, 10), (3, 7), (55, 55)])
+def test_evaluation_sets_are_the_published_ones(split, length, classes):
+    samples = data.evaluation_set(split, length, classes, 10, dataset_seed=42)
+    digest = hashlib.sha256()
+    with np.load(golden.FOLDER / "published_datasets.npz") as published:
+        prefix = f"{split}/L{length}_C{classes}_F10/"
+        for name in FIELDS:
+            array = getattr(samples, name).numpy()
+            np.testing.assert_array_equal(array[:3], published[f"{prefix}first3/{name}"])
+            digest.update(array.tobytes())
+        assert digest.hexdigest() == str(published[f"{prefix}sha256"])
+
+
+def draw(start, stop, epoch=3, length=4, classes=7, features=5, seed=42):
+    return data.training_samples(start, stop, epoch, length, classes, features, seed)
+
+
+def test_training_samples_do_not_depend_on_batches():
+    whole = draw(0, 100)
+    for start, stop in [(0, 1), (0, 33), (33, 100), (99, 100), (50, 50)]:
+        for name in FIELDS:
+            assert torch.equal(getattr(draw(start, stop), name), getattr(whole[start:stop], name))
+
+
+@pytest.mark.parametrize("other", [{"epoch": 4}, {"seed": 43}, {"length": 5}])
+def test_training_streams_differ(other):
+    features = draw(0, 50).features
+    assert not torch.isin(draw(0, 50, **other).features, features).any()
+
+
+def test_training_samples_are_the_task():
+    samples = draw(0, 9000)
+    assert samples.features.shape == (9000, 4, 5)
+    assert samples.features.dtype == torch.float32
+    assert 0 <= samples.features.min()
+    assert samples.features.max() < 1
+    assert abs(samples.features.mean() - 0.5) < 0.005
+    assert all(len(set(row.tolist())) == 4 for row in samples.labels)
+    counts = torch.bincount(samples.labels.flatten(), minlength=7) / 9000
+    assert (counts - 4 / 7).abs().max() < 0.03  # uniform over the classes
+    matches = (samples.features == samples.query.unsqueeze(1)).all(-1)
+    assert (matches.sum(1) == 1).all()
+    assert (matches.float().mean(0) - 0.25).abs().max() < 0.02  # uniform over the pairs
+    assert torch.equal(samples.labels[matches], samples.answer)
+
+
+def test_orders_of_a_fixed_set():
+    first, second = data.training_order(0, 42), data.training_order(1, 42)
+    assert sorted(first) == list(range(data.TRAINING_SAMPLES))
+    assert (first != second).any()
+    assert (first == data.training_order(0, 42)).all()
