@@ -1,0 +1,38 @@
+"""Several processes that train one network, by `torch.distributed`. Without a process group, all of this is the one process."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among all of all nodes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints, logs and writes files."""
+    return rank() == 0
+
+
+def share(start: int, stop: int) -> tuple[int, int]:
+    """The part of a range of samples that is this process's; the parts of all processes make up the range."""
+    size = stop - start
+    return start + size * rank() // world_size(), start + size * (rank() + 1) // world_size()
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over the processes. Not differentiated through."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """Whether any process says so."""
+    return flag if world_size() == 1 else bool(total(torch.tensor(float(flag), device=device)) > 0)
