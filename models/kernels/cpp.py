@@ -1,0 +1,202 @@
+"""Fused CPU kernels: `store_and_recall.cpp`, compiled on first use and registered with `torch.library`."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.kernels.reference import POPULATIONS, Dynamics, Recalled
+
+SOURCE = Path(__file__).with_name("store_and_recall.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
+CACHE_VARIABLE = "MEMORIZING_ASSOCIATIONS_CACHE"
+INTEGERS = (
+    "batch",
+    "pairs",
+    "embedding",
+    "memory",
+    "num_time_steps",
+    "readout_delay",
+    "readout_steps",
+    "refractory_time_steps",
+    "perfect_reset",
+    "threads",
+)
+CONSTANTS = ("memory_feedback", "thr", "alpha", "dampening_factor", "w_max", "gamma_pos", "gamma_neg", "beta")
+TENSORS = (
+    "features",
+    "labels",
+    "query",
+    "write_weight",
+    "read_weight",
+    "readout",
+    "counts",
+    "spikes",
+    "memory",
+    "grad_readout",
+    "grad_counts",
+    "grad_features",
+    "grad_labels",
+    "grad_query",
+    "grad_write_weight",
+    "grad_read_weight",
+)
+
+
+class Options(ctypes.Structure):
+    """`struct Options` of the source."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in INTEGERS] + [(name, ctypes.c_double) for name in CONSTANTS]
+
+
+class Tensors(ctypes.Structure):
+    """`struct Tensors` of the source."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in TENSORS]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "memorizing_associations")
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, torch.__version__, platform.processor())).encode()).hexdigest()[:16]
+    path = cache / key / "store_and_recall.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            subprocess.run([os.environ.get("CXX", "g++"), *FLAGS, str(SOURCE), "-o", str(built)], check=True)
+            built.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def unavailable(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"its kernels run on a CPU, not on {device_type}"
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "no C++ compiler found; install g++ or set CXX"
+    return None
+
+
+def _constants(dynamics: Dynamics) -> list[float]:
+    values = asdict(dynamics) | asdict(dynamics.lif) | asdict(dynamics.hebbian)
+    values |= {"alpha": dynamics.lif.alpha, "beta": dynamics.hebbian.beta}
+    return [float(values[name]) for name in (*INTEGERS[4:-1], *CONSTANTS)]
+
+
+def _call(name: str, constants: list[float], tensors: dict[str, Tensor]) -> None:
+    batch, pairs, embedding = tensors["features"].shape
+    integers = [int(x) for x in constants[:5]]
+    memory = tensors["read_weight"].shape[0]
+    options = Options(batch, pairs, embedding, memory, *integers, torch.get_num_threads(), *constants[5:])
+    pointers = Tensors(**{k: t.data_ptr() for k, t in tensors.items() if t.numel()})
+    dtype = str(tensors["features"].dtype).removeprefix("torch.")
+    if getattr(library(), f"{name}_{dtype}")(ctypes.byref(options), ctypes.byref(pointers)):
+        raise MemoryError("out of memory in the cpp kernels")
+
+
+def _counts_size(features: Tensor, read_weight: Tensor) -> int:
+    return 3 * features.shape[-1] + 4 * read_weight.shape[0]
+
+
+@torch.library.custom_op("memorizing_associations::store_and_recall", mutates_args=(), device_types="cpu")
+def _forward(
+    features: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    write_weight: Tensor,
+    read_weight: Tensor,
+    constants: list[float],
+    record: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    readout, counts, spikes, memory = _empty(features, labels, query, write_weight, read_weight, constants, record)
+    inputs = (x.contiguous() for x in (features, labels, query, write_weight, read_weight))
+    spikes.zero_()
+    _call("forward", constants, dict(zip(TENSORS, (*inputs, readout, counts, spikes, memory), strict=False)))
+    return readout, counts, spikes, memory
+
+
+@_forward.register_fake
+def _empty(features, labels, query, write_weight, read_weight, constants, record):
+    batch, pairs, embedding = features.shape
+    size, steps = read_weight.shape[0], int(constants[0])
+    spikes = batch * steps * (pairs * (2 * embedding + 2 * size) + embedding + 2 * size) if record else 0
+    return (
+        features.new_empty(batch, size),
+        features.new_empty(batch, _counts_size(features, read_weight)),
+        features.new_empty(spikes),
+        features.new_empty((batch, size, size) if record else 0),
+    )
+
+
+@torch.library.custom_op("memorizing_associations::store_and_recall_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad_readout: Tensor,
+    grad_counts: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    write_weight: Tensor,
+    read_weight: Tensor,
+    constants: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = [x.contiguous() for x in (features, labels, query, write_weight, read_weight)]
+    gradients = tuple(torch.zeros_like(x) for x in inputs)
+    tensors = dict(zip(TENSORS, inputs, strict=False))
+    tensors |= {"grad_readout": grad_readout.contiguous(), "grad_counts": grad_counts.contiguous()}
+    tensors |= dict(zip(TENSORS[-5:], gradients, strict=True))
+    _call("backward", constants, tensors)
+    return gradients
+
+
+@_backward.register_fake
+def _(grad_readout, grad_counts, features, labels, query, write_weight, read_weight, constants):
+    return tuple(torch.empty_like(x) for x in (features, labels, query, write_weight, read_weight))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.constants, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, grad_readout, grad_counts, grad_spikes, grad_memory):
+    return *_backward(grad_readout, grad_counts, *ctx.saved_tensors, ctx.constants), None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def store_and_recall(
+    features_current: Tensor,
+    labels_current: Tensor,
+    query_current: Tensor,
+    write_weight: Tensor,
+    read_weight: Tensor,
+    dynamics: Dynamics,
+    record: bool = False,
+) -> Recalled:
+    """As `reference.store_and_recall`."""
+    (batch, pairs, embedding), size = features_current.shape, read_weight.shape[0]
+    readout, counts, spikes, memory = _forward(
+        features_current, labels_current, query_current, write_weight, read_weight, _constants(dynamics), record
+    )
+    widths = (embedding,) * 3 + (size,) * 4
+    activity = None
+    if record:
+        writing, reading = pairs * dynamics.num_time_steps, dynamics.num_time_steps
+        lengths = (writing, writing, reading, writing, writing, reading, reading)
+        trains = spikes.split([batch * t * n for t, n in zip(lengths, widths, strict=True)])
+        activity = {
+            name: train.detach().view(batch, t, n)
+            for name, train, t, n in zip(POPULATIONS, trains, lengths, widths, strict=True)
+        }
+        activity["memory"] = memory.detach()
+    return Recalled(readout, dict(zip(POPULATIONS, counts.split(widths, dim=1), strict=True)), activity)
