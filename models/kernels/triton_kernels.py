@@ -1,0 +1,382 @@
+"""Device code of the Triton backend. What each kernel computes is defined by `reference`; `triton` launches them.
+
+Layout: every tensor is contiguous, time before neurons. Constants are compile-time values: the dataclasses of `models.neurons` and
+`models.plasticity`. In loops over `t`, names without an index mean the step at hand.
+"""
+
+import triton
+import triton.language as tl
+
+# ------------------------------------------------------------------------------------------------------------ equations
+
+
+@triton.jit
+def lif_step(current, z, v, r, neuron: tl.constexpr):
+    """`models.neurons.lif_step`. Returns z', v', r' and the membrane that `lif_adjoint` wants.
+
+    That one is 0 while the neuron is refractory: there the surrogate derivative vanishes, as it does for masked spikes.
+    """
+    if neuron.perfect_reset:
+        v = neuron.alpha * v * (1 - z) + (1 - neuron.alpha) * current
+    else:
+        v = neuron.alpha * v + (1 - neuron.alpha) * current - neuron.thr * z
+    may_fire = r == 0
+    fires = may_fire & (v - neuron.thr > 0)  # not v > thr: Triton 3.6 rounds a constant that it compares with to float32
+    r = tl.where(may_fire, tl.where(fires, neuron.refractory_time_steps, 0), r - 1)
+    return fires.to(v.dtype), v, r, tl.where(may_fire, v, 0.0)
+
+
+@triton.jit
+def lif_adjoint(grad_z, v, grad_v, neuron: tl.constexpr):
+    """Gradient of the membrane at t, from those of the spikes at t and of the membrane at t + 1.
+
+    (1 - alpha) times it is the gradient of the current.
+    """
+    u = v * (1 / neuron.thr) - 1
+    surrogate = neuron.dampening_factor * tl.maximum(1 - tl.abs(u), 0.0)
+    if neuron.perfect_reset:
+        z = (u > 0).to(v.dtype)
+        grad_z -= neuron.alpha * v * grad_v
+        grad_v = neuron.alpha * grad_v * (1 - z)
+    else:
+        grad_z -= neuron.thr * grad_v
+        grad_v = neuron.alpha * grad_v
+    return grad_v + grad_z * surrogate * (1 / neuron.thr)
+
+
+@triton.jit
+def trace_step(trace, z, rule: tl.constexpr):
+    """`models.plasticity.update_trace`."""
+    return rule.beta * trace + (1 - rule.beta) * z
+
+
+@triton.jit
+def hebbian_step(memory, nu, kappa, rule: tl.constexpr):
+    """`models.plasticity.hebbian_update` as W' = factor * W + w_max * gain, which keeps an untouched weight at exactly 0.
+
+    Returns W' and the factor.
+    """
+    gain = (rule.gamma_pos * nu)[:, None] * kappa[None, :]
+    factor = (1 - rule.gamma_neg * kappa * kappa)[None, :] - gain
+    return factor * memory + rule.w_max * gain, factor
+
+
+# --------------------------------------------------------------------------------------------- feed-forward populations
+
+
+@triton.jit
+def lif_forward(
+    current,  # B x inputs x neurons, each held for `steps` steps
+    out,  # B x (inputs * steps) x neurons: the membranes for the adjoint if `membranes`, else the spikes
+    inputs,
+    steps,
+    total,  # B * neurons
+    neurons: tl.constexpr,
+    block: tl.constexpr,
+    neuron: tl.constexpr,
+    membranes: tl.constexpr,
+):
+    n = tl.program_id(0) * block + tl.arange(0, block)
+    valid = n < total
+    sample = (n // neurons).to(tl.int64)
+    current += sample * inputs * neurons + n % neurons
+    out += sample * inputs * steps * neurons + n % neurons
+
+    z = tl.zeros((block,), current.dtype.element_ty)
+    v = z
+    r = tl.zeros((block,), tl.int32)
+    for _ in range(inputs):
+        held = tl.load(current, valid, other=0.0)
+        for _ in range(steps):
+            z, v, r, membrane = lif_step(held, z, v, r, neuron)
+            tl.store(out, membrane if membranes else z, valid)
+            out += neurons
+        current += neurons
+
+
+@triton.jit
+def lif_backward(
+    grad_spikes,  # B x (inputs * steps) x neurons
+    membranes,  # of lif_forward
+    grad_current,  # B x inputs x neurons
+    inputs,
+    steps,
+    total,
+    neurons: tl.constexpr,
+    block: tl.constexpr,
+    neuron: tl.constexpr,
+):
+    n = tl.program_id(0) * block + tl.arange(0, block)
+    valid = n < total
+    sample = (n // neurons).to(tl.int64)
+    last = (sample + 1) * inputs * steps * neurons - neurons + n % neurons
+    grad_spikes += last
+    membranes += last
+    grad_current += (sample + 1) * inputs * neurons - neurons + n % neurons
+
+    grad_v = tl.zeros((block,), grad_spikes.dtype.element_ty)
+    for _ in range(inputs):
+        summed = tl.zeros((block,), grad_spikes.dtype.element_ty)
+        for _ in range(steps):
+            grad_z = tl.load(grad_spikes, valid, other=0.0)
+            grad_v = lif_adjoint(grad_z, tl.load(membranes, valid, other=0.0), grad_v, neuron)
+            summed += grad_v
+            grad_spikes -= neurons
+            membranes -= neurons
+        tl.store(grad_current, (1 - neuron.alpha) * summed, valid)
+        grad_current -= neurons
+
+
+@triton.jit
+def traces(
+    spikes,  # B x time x neurons
+    out,  # the same shape
+    steps,
+    total,
+    neurons: tl.constexpr,
+    block: tl.constexpr,
+    rule: tl.constexpr,
+):
+    n = tl.program_id(0) * block + tl.arange(0, block)
+    valid = n < total
+    at = (n // neurons).to(tl.int64) * steps * neurons + n % neurons
+    spikes += at
+    out += at
+    trace = tl.zeros((block,), out.dtype.element_ty)
+    for _ in range(steps):
+        trace = trace_step(trace, tl.load(spikes, valid, other=0.0), rule)
+        tl.store(out, trace, valid)
+        spikes += neurons
+        out += neurons
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+@triton.jit
+def write_forward(
+    key_spikes,  # B x time x size
+    key_traces,  # B x time x size
+    current,  # B x time x size
+    memory,  # B x size x size
+    value_spikes,  # B x time x size
+    membranes,  # B x time x size, if `save`
+    checkpoints,  # B x ceil(time / segment) x size x size, the memory before steps 0, segment, ..., if `save`
+    steps,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    segment: tl.constexpr,
+    feedback: tl.constexpr,
+    neuron: tl.constexpr,
+    rule: tl.constexpr,
+    save: tl.constexpr,
+):
+    tiles: tl.constexpr = (size + rows - 1) // rows
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    i = tl.program_id(0) % tiles * rows + tl.arange(0, rows)
+    j = tl.arange(0, columns)
+    valid_i, valid_j = i < size, j < size
+    valid = valid_i[:, None] & valid_j[None, :]
+    ij = i[:, None] * size + j[None, :]
+    segments = (steps + segment - 1) // segment
+
+    w = tl.zeros((rows, columns), memory.dtype.element_ty)
+    z = tl.zeros((rows,), memory.dtype.element_ty)
+    v, nu = z, z
+    r = tl.zeros((rows,), tl.int32)
+    for t in range(steps):
+        now = (sample * steps + t) * size
+        if save:
+            if t % segment == 0:
+                tl.store(checkpoints + (sample * segments + t // segment) * size * size + ij, w, valid)
+        k = tl.load(key_spikes + now + j, valid_j, other=0.0)
+        kappa = tl.load(key_traces + now + j, valid_j, other=0.0)
+        drive = tl.load(current + now + i, valid_i, other=0.0) + feedback * tl.sum(w * k[None, :], 1)
+        z, v, r, membrane = lif_step(drive, z, v, r, neuron)
+        nu = trace_step(nu, z, rule)
+        w, _ = hebbian_step(w, nu, kappa, rule)
+        tl.store(value_spikes + now + i, z, valid_i)
+        if save:
+            tl.store(membranes + now + i, membrane, valid_i)
+    tl.store(memory + sample * size * size + ij, w, valid)
+
+
+@triton.jit
+def write_backward(
+    grad_memory,  # B x size x size
+    grad_values,  # B x time x size
+    key_spikes,  # B x time x size
+    key_traces,  # B x time x size
+    value_traces,  # B x time x size
+    membranes,  # of write_forward
+    checkpoints,  # of write_forward
+    grad_current,  # B x time x size
+    grad_keys,  # groups x B x time x size, to be summed over the groups
+    batch,
+    steps,
+    groups,  # a sample's tiles are shared among so many programs
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    segment: tl.constexpr,  # a multiple of `unrolled`
+    unrolled: tl.constexpr,
+    feedback: tl.constexpr,
+    neuron: tl.constexpr,
+    rule: tl.constexpr,
+):
+    dtype = grad_memory.dtype.element_ty
+    group = tl.program_id(0) % groups
+    sample = (tl.program_id(0) // groups).to(tl.int64)
+    j = tl.arange(0, columns)
+    valid_j = j < size
+    segments = (steps + segment - 1) // segment
+    grad_keys += group.to(tl.int64) * batch * steps * size
+
+    for tile in range(group, (size + rows - 1) // rows, groups):
+        i = tile * rows + tl.arange(0, rows)
+        valid_i = i < size
+        valid = valid_i[:, None] & valid_j[None, :]
+        ij = i[:, None] * size + j[None, :]
+        tl.debug_barrier()  # the key gradients of the last tile are written before this one adds to them
+
+        grad_w = tl.load(grad_memory + sample * size * size + ij, valid, other=0.0)
+        grad_v = tl.zeros((rows,), dtype)
+        grad_nu = tl.zeros((rows,), dtype)
+        grad_kappa = tl.zeros((columns,), dtype)
+        for chunk in range((steps - 1) // unrolled, -1, -1):
+            start = chunk * unrolled
+            w = tl.load(checkpoints + (sample * segments + start // segment) * size * size + ij, valid, other=0.0)
+            for t in range(start // segment * segment, start):
+                now = (sample * steps + t) * size
+                nu = tl.load(value_traces + now + i, valid_i, other=0.0)
+                w, _ = hebbian_step(w, nu, tl.load(key_traces + now + j, valid_j, other=0.0), rule)
+
+            # Steps past the last one load zeros: the memory then stays and no gradient arises.
+            before, factors, nus, kappas = (), (), (), ()
+            for n in tl.static_range(unrolled):
+                now = (sample * steps + start + n) * size
+                limit = tl.where(start + n < steps, size, 0)
+                nu = tl.load(value_traces + now + i, i < limit, other=0.0)
+                kappa = tl.load(key_traces + now + j, j < limit, other=0.0)
+                before, nus, kappas = before + (w,), nus + (nu,), kappas + (kappa,)
+                w, factor = hebbian_step(w, nu, kappa, rule)
+                factors = factors + (factor,)
+
+            for n in tl.static_range(unrolled - 1, -1, -1):
+                now = (sample * steps + start + n) * size
+                limit = tl.where(start + n < steps, size, 0)
+                now_i, now_j = i < limit, j < limit
+                nu, kappa = nus[n], kappas[n]
+                gain = grad_w * (rule.w_max - before[n])
+                grad_nu = rule.beta * grad_nu + rule.gamma_pos * tl.sum(gain * kappa[None, :], 1)
+                grad_kappa = rule.beta * grad_kappa + rule.gamma_pos * tl.sum(gain * nu[:, None], 0)
+                grad_kappa -= 2 * rule.gamma_neg * kappa * tl.sum(grad_w * before[n], 0)
+
+                grad_z = tl.load(grad_values + now + i, now_i, other=0.0) + (1 - rule.beta) * grad_nu
+                membrane = tl.load(membranes + now + i, now_i, other=0.0)
+                grad_v = lif_adjoint(grad_z, membrane, grad_v, neuron)
+                grad_drive = (1 - neuron.alpha) * grad_v
+                tl.store(grad_current + now + i, grad_drive, now_i)
+
+                k = tl.load(key_spikes + now + j, now_j, other=0.0)
+                grad_k = (1 - rule.beta) * grad_kappa + feedback * tl.sum(before[n] * grad_drive[:, None], 0)
+                grad_k += tl.load(grad_keys + now + j, j < tl.where(tile == group, 0, limit), other=0.0)
+                tl.store(grad_keys + now + j, grad_k, now_j)
+                grad_w = grad_w * factors[n] + (feedback * grad_drive)[:, None] * k[None, :]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@triton.jit
+def product(vector, matrix, size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """sum_r vector[r] * matrix[r, c] for all c; rows where the vector is 0 are not read."""
+    c = tl.arange(0, columns)
+    total = tl.zeros((rows, columns), matrix.dtype.element_ty)
+    for first in range(0, size, rows):
+        r = first + tl.arange(0, rows)
+        x = tl.load(vector + r, r < size, other=0.0)
+        wanted = (x != 0)[:, None] & (c < size)[None, :]
+        total += x[:, None] * tl.load(matrix + r[:, None] * size + c[None, :], wanted, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def read_forward(
+    current,  # B x time x size
+    memory,  # B x size x size, keys x values (transposed)
+    weight,  # size x size, values x keys (transposed)
+    key_spikes,  # B x time x size, like all below
+    value_spikes,
+    key_membranes,
+    value_membranes,
+    steps,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    delay: tl.constexpr,
+    neuron: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    memory += sample * size * size
+    n = tl.arange(0, columns)
+    valid = n < size
+    k_z = tl.zeros((columns,), memory.dtype.element_ty)
+    k_v, v_z, v_v = k_z, k_z, k_z
+    k_r = tl.zeros((columns,), tl.int32)
+    v_r = k_r
+    for t in range(steps):
+        now = (sample * steps + t) * size
+        drive = tl.load(current + now + n, valid, other=0.0)
+        if t >= delay:
+            drive += product(value_spikes + now - delay * size, weight, size, rows, columns)
+        k_z, k_v, k_r, membrane = lif_step(drive, k_z, k_v, k_r, neuron)
+        tl.store(key_spikes + now + n, k_z, valid)
+        tl.store(key_membranes + now + n, membrane, valid)
+        tl.debug_barrier()  # other threads read these spikes
+
+        drive = product(key_spikes + now, memory, size, rows, columns)
+        v_z, v_v, v_r, membrane = lif_step(drive, v_z, v_v, v_r, neuron)
+        tl.store(value_spikes + now + n, v_z, valid)
+        tl.store(value_membranes + now + n, membrane, valid)
+        tl.debug_barrier()
+
+
+@triton.jit
+def read_backward(
+    grad_keys,  # B x time x size
+    grad_values,  # B x time x size
+    key_membranes,  # of read_forward
+    value_membranes,
+    memory,  # B x size x size, values x keys
+    weight,  # size x size, keys x values
+    grad_key_drive,  # B x time x size
+    grad_value_drive,  # B x time x size
+    steps,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    delay: tl.constexpr,
+    neuron: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    memory += sample * size * size
+    n = tl.arange(0, columns)
+    valid = n < size
+    grad_k_v = tl.zeros((columns,), memory.dtype.element_ty)
+    grad_v_v = grad_k_v
+    for t in range(steps - 1, -1, -1):
+        now = (sample * steps + t) * size
+        grad_z = tl.load(grad_values + now + n, valid, other=0.0)
+        if t + delay < steps:
+            grad_z += product(grad_key_drive + now + delay * size, weight, size, rows, columns)
+        grad_v_v = lif_adjoint(grad_z, tl.load(value_membranes + now + n, valid, other=0.0), grad_v_v, neuron)
+        tl.store(grad_value_drive + now + n, (1 - neuron.alpha) * grad_v_v, valid)
+        tl.debug_barrier()  # other threads read these gradients
+
+        grad_z = tl.load(grad_keys + now + n, valid, other=0.0)
+        grad_z += product(grad_value_drive + now, memory, size, rows, columns)
+        grad_k_v = lif_adjoint(grad_z, tl.load(key_membranes + now + n, valid, other=0.0), grad_k_v, neuron)
+        tl.store(grad_key_drive + now + n, (1 - neuron.alpha) * grad_k_v, valid)
+        tl.debug_barrier()
