@@ -47,7 +47,7 @@ def test_training_samples_are_the_task():
     samples = draw(0, 9000)
     assert samples.features.shape == (9000, 4, 5)
     assert samples.features.dtype == torch.float32
-    assert 0 <= samples.features.min()
+    assert samples.features.min() >= 0
     assert samples.features.max() < 1
     assert abs(samples.features.mean() - 0.5) < 0.005
     assert all(len(set(row.tolist())) == 4 for row in samples.labels)

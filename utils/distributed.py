@@ -36,3 +36,18 @@ def total(values: Tensor) -> Tensor:
 def agree(flag: bool, device: torch.device) -> bool:
     """Whether any process says so."""
     return flag if world_size() == 1 else bool(total(torch.tensor(float(flag), device=device)) > 0)
+
+
+def batch_mean(values: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
+    """Means over a batch that is spread over the processes, for each name 1 x N from this process's part (n x N).
+
+    The gradient goes to this process's samples: summed over the processes it is that of the mean over the whole batch.
+    """
+    local = {name: value.sum(0) / batch_size for name, value in values.items()}
+    if world_size() == 1:
+        return {name: mean.unsqueeze(0) for name, mean in local.items()}
+    everywhere = total(torch.cat(list(local.values()))).split([len(mean) for mean in local.values()])
+    return {
+        name: (mean + (whole - mean).detach()).unsqueeze(0)
+        for (name, mean), whole in zip(local.items(), everywhere, strict=True)
+    }

@@ -1,0 +1,30 @@
+"""Training batches, generated ahead by threads so that no training step waits for data."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from data import Samples
+
+
+def ahead(make: Callable[[int, int], Samples], ranges: list[tuple[int, int]], workers: int, depth: int) -> Iterator[Samples]:
+    """`make(start, stop)` for each range, in order.
+
+    Args:
+        workers: threads that make batches; 0 makes each when it is asked for.
+        depth: batches each thread keeps ready.
+    """
+    if workers == 0:
+        yield from (make(start, stop) for start, stop in ranges)
+        return
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="data")
+    try:
+        waiting = deque()
+        for start, stop in ranges:
+            waiting.append(executor.submit(make, start, stop))
+            if len(waiting) > workers * depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,29 @@
+"""Ctrl-C, SIGTERM and SIGUSR1 (from a batch system that is about to stop a job) end a training after the step at hand."""
+
+import signal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interruption:
+    """Remembers that a signal came. While it is in force the first signal only sets `signal`; a second one acts as usual."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "Interruption":
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def status(self) -> int:
+        """The exit status by which a shell tells a signal."""
+        return 128 + self.signal if self.signal else 0
