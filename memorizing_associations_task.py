@@ -27,7 +27,7 @@ from models.kernels import POPULATIONS, BackendError, resolve_backend
 from utils import checkpoints, distributed
 from utils.errors import UserError
 from utils.interruption import Interruption
-from utils.options import MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
+from utils.options import CURRICULUM, MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
 from utils.progress import Progress, epoch_line
 from utils.run import Run
 
@@ -75,7 +75,7 @@ def adopt_checkpoint(options: Options, checkpoint: dict, parser: Parser) -> None
 
 
 def data_and_training(options: Options):
-    return [o for o in (*options.groups["data"], *TRAINING) if o.name != "start_epoch"]
+    return [o for o in (*options.groups["data"], *TRAINING, *CURRICULUM) if o.name != "start_epoch"]
 
 
 def prepare(options: Options, checkpoint: dict | None) -> tuple[models.MemorizingAssociations, torch.device]:
@@ -239,19 +239,17 @@ class Sums:
 
 def training_batches(batches: list[tuple[int, int]], epoch: int, options: Options) -> Iterator[data.Samples]:
     """This process's part of each batch, given as a range of the samples of the epoch."""
-    sizes = (options["sequence_length"], options["num_classes"], options["feature_size"], options["dataset_seed"])
-    if options["inf_data"]:
+    order = None if options["inf_data"] else data.training_order(epoch, options["dataset_seed"])
 
-        def make(start: int, stop: int) -> data.Samples:
-            return data.training_samples(start, stop, epoch, *sizes)
-    else:
-        fixed_set = data.training_samples(0, data.TRAINING_SAMPLES, 0, *sizes)
-        order = data.training_order(epoch, options["dataset_seed"])
+    def make(start: int, stop: int) -> data.Samples:
+        length = data.training_length(start, epoch, **options.of(CURRICULUM, "sequence_length", "dataset_seed"))
+        sizes = (length, options["num_classes"], options["feature_size"], options["dataset_seed"])
+        part = slice(*distributed.share(start, stop))
+        if order is None:
+            return data.training_samples(part.start, part.stop, epoch, *sizes)
+        return data.training_samples(0, data.TRAINING_SAMPLES, 0, *sizes)[order[part]]
 
-        def make(start: int, stop: int) -> data.Samples:
-            return fixed_set[order[start:stop]]
-
-    return ahead(make, [distributed.share(*batch) for batch in batches], options["workers"], options["prefetch_factor"])
+    return ahead(make, batches, options["workers"], options["prefetch_factor"])
 
 
 def report_epoch(metrics: dict, options: Options, progress: Progress, log) -> None:

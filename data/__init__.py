@@ -63,9 +63,9 @@ def training_samples(
 ) -> Samples:
     """Training samples `start` to `stop - 1` of an epoch.
 
-    Each is a pure function of the sizes, the seed, the epoch and its index, however the epoch is cut into batches: sample i owns
-    the i-th block of a counter-based generator, keyed by all the rest. No such stream meets those of the evaluation sets, which
-    come from a generator of another kind.
+    Each is a pure function of the sizes, the seed, the epoch and its index, however the epoch is cut into batches: sample i
+    owns the i-th block of a counter-based generator, keyed by all the rest. No such stream meets those of the evaluation sets,
+    which come from a generator of another kind.
     """
     values = sequence_length * feature_size
     draws = values + num_classes + 1
@@ -77,6 +77,30 @@ def training_samples(
     labels = np.argsort(uniform[:, values : values + num_classes], axis=1, kind="stable")[:, :sequence_length]
     queried = (uniform[:, values + num_classes] * sequence_length).astype(np.int64)
     return _samples(features, np.ascontiguousarray(labels), queried)
+
+
+def training_length(
+    start: int,
+    epoch: int,
+    sequence_length: int,
+    dataset_seed: int,
+    curriculum_start: int = 0,
+    curriculum_step: int = 1,
+    mixed_lengths: int = 0,
+) -> int:
+    """Pairs in the sequences of the training batch that begins with sample `start` of an epoch.
+
+    Args:
+        curriculum_start: pairs in epoch 0; `curriculum_step` more in each epoch, up to `sequence_length`. 0: always that many.
+        mixed_lengths: draw the length uniformly from this one to that of the epoch. 0: always the latter.
+    """
+    length = sequence_length
+    if curriculum_start:
+        length = min(length, curriculum_start + curriculum_step * epoch)
+    if mixed_lengths:
+        seeds = np.random.SeedSequence([dataset_seed, epoch, start])
+        length = int(np.random.Generator(np.random.Philox(seeds)).integers(min(mixed_lengths, length), length + 1))
+    return length
 
 
 def training_order(epoch: int, dataset_seed: int) -> np.ndarray:

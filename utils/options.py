@@ -169,6 +169,13 @@ TRAINING = (
     Option("start_epoch", 0, int, "number of the first epoch of a new run", low=0),
 )
 
+# Not in the published program, and off by default.
+CURRICULUM = (
+    Option("curriculum_start", 0, int, "pairs in a sequence in the first epoch, to grow to --sequence_length; 0: off", low=0),
+    Option("curriculum_step", 1, int, "pairs more in each epoch after it", low=1),
+    Option("mixed_lengths", 0, int, "train each batch at a random length from this one up; 0: off", low=0),
+)
+
 RUN = (
     Option("resume", "", str, "checkpoint to continue or evaluate; auto: the newest whole one in --output_dir"),
     Option("check_params", 1, int, "0: accept model options that differ from the checkpoint's", choices=(0, 1)),
@@ -194,6 +201,7 @@ TASK_GROUPS = {
     "model": MODEL,
     "data": DATA,
     "training": TRAINING,
+    "curriculum": CURRICULUM,
     "run": RUN,
     "distributed training": DISTRIBUTED,
 }
@@ -213,6 +221,10 @@ class Options:
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
+    def of(self, options: Iterable[Option], *more: str) -> dict[str, Any]:
+        """The values of some options."""
+        return {name: self.values[name] for name in (*(o.name for o in options), *more)}
+
     @property
     def all_lengths(self) -> tuple[int, ...]:
         """The sequence lengths, one or several."""
@@ -226,6 +238,9 @@ class Options:
                 f"--sequence_length {longest} is more than --num_classes {classes}: labels are drawn without replacement; "
                 "raise --num_classes or shorten the sequence"
             )
+        for name in ("curriculum_start", "mixed_lengths"):
+            if self[name] > longest:
+                return f"--{name} {self[name]} is more than --sequence_length {longest}"
         if len(self.all_lengths) > 1 and not self["evaluate"]:
             return "--sequence_length: several lengths are for --evaluate; training takes one"
         return None
