@@ -329,7 +329,7 @@ def evaluate_checkpoint(options: Options, checkpoint: dict) -> int:
         loss, accuracy = evaluate(model, samples, options["batch_size"], device)
         rows.append({"sequence_length": length, "accuracy": accuracy, "loss": loss})
         say(f"sequence_length {length:3d}  loss {loss:.4f}  accuracy {accuracy:7.3f} %")
-    if len(lengths) > 1:
+    if len(lengths) > 1 or options["output_dir"]:
         constants = {"trained_length": trained_length, "num_classes": options["num_classes"], "samples": len(samples)}
         constants |= {"dataset_seed": options["dataset_seed"], "checkpoint": options["resume"]}
         write_csv(Path(options["output_dir"] or Path(options["resume"]).parent), [row | constants for row in rows])
