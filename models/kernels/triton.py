@@ -27,19 +27,21 @@ from models.plasticity import HebbianConstants
 
 try:
     import triton
+
     from models.kernels import triton_kernels as kernels
 except ImportError as error:
     kernels, IMPORT_ERROR = None, error
 
 NEURONS_PER_PROGRAM = 128  # one thread a neuron
-# Elements of a warp's tile of the memory (32 a thread and register, so 32 and 16 registers for each copy of the tile).
-WRITE_TILE = 1024
-WRITE_BACKWARD_TILE = 512
+# The memory is kept every SEGMENT steps; the backward holds the UNROLLED states before as many steps at a time.
+SEGMENT = 8
+UNROLLED = 4
+# Elements of a program's tile, and the registers that a thread may use: with these, compiled for an H100 at memory size 100, next
+# to nothing is spilled, and a multiprocessor holds 16 warps of the forward and 12 of the backward.
+WRITE_TILE, WRITE_REGISTERS = 1024, 128
+WRITE_BACKWARD_TILE, WRITE_BACKWARD_REGISTERS = 512, 168
 READ_TILE = 4096
-SEGMENT = 16  # steps from one kept memory to the next
-UNROLLED = 4  # states held at once by the backward
-# Programs of the backward that a multiprocessor holds at a time, by its registers.
-RESIDENT_PROGRAMS = 12
+REGISTERS = 65536  # of a multiprocessor
 
 
 def unavailable(device_type: str) -> str | None:
@@ -171,8 +173,9 @@ _lif.register_autograd(_lif_gradient, setup_context=_lif_setup)
 @torch.library.custom_op("fused_triton::hebbian_write", mutates_args=())
 def _write(
     key_spikes: Tensor, current: Tensor, feedback: float, neuron: list[float], rule: list[float], save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The memory, the value spikes, and, if `save`, the value neurons' membranes and the memory every SEGMENT steps."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The memory, the value spikes, and what the backward wants if `save`: traces of keys and values, membranes of the
+    values, and the memory every SEGMENT steps."""
     key_spikes, current = key_spikes.contiguous(), current.contiguous()
     outputs = _write_outputs(current, save)
     batch, steps, size = current.shape
@@ -181,7 +184,6 @@ def _write(
         kernels.write_forward,
         batch * triton.cdiv(size, tile["rows"]),
         key_spikes,
-        _traces(key_spikes, rule),
         current,
         *outputs,
         steps,
@@ -192,25 +194,20 @@ def _write(
         rule=HebbianConstants(*rule),
         save=save,
         num_warps=1,
+        maxnreg=WRITE_REGISTERS,
     )
     return outputs
 
 
-def _write_outputs(current: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _write_outputs(current: Tensor, save: bool) -> tuple[Tensor, ...]:
     batch, steps, size = current.shape
-    segments = (steps + SEGMENT - 1) // SEGMENT if save else 0
+    kept = steps if save else 0
     return (
-        current.new_empty(batch, size, size),
+        current.new_zeros(batch, size, size),
         current.new_empty(batch, steps, size),
-        current.new_empty(batch, steps if save else 0, size),
-        current.new_empty(batch, segments, size, size),
+        *(current.new_empty(batch, kept, size) for _ in range(3)),
+        current.new_empty(batch, (kept + SEGMENT - 1) // SEGMENT, size, size),
     )
-
-
-def _traces(spikes: Tensor, rule: list[float]) -> Tensor:
-    traces = torch.empty_like(spikes)
-    _each_neuron(kernels.traces, (spikes, traces), (spikes.shape[1],), rule=HebbianConstants(*rule))
-    return traces
 
 
 @torch.library.custom_op("fused_triton::hebbian_write_backward", mutates_args=())
@@ -218,9 +215,7 @@ def _write_backward(
     grad_memory: Tensor,
     grad_values: Tensor,
     key_spikes: Tensor,
-    value_spikes: Tensor,
-    membranes: Tensor,
-    checkpoints: Tensor,
+    kept: list[Tensor],
     feedback: float,
     neuron: list[float],
     rule: list[float],
@@ -237,10 +232,7 @@ def _write_backward(
         grad_memory.contiguous(),
         grad_values.contiguous(),
         key_spikes,
-        _traces(key_spikes, rule),
-        _traces(value_spikes, rule),
-        membranes,
-        checkpoints,
+        *kept,
         grad_current,
         grad_keys,
         batch,
@@ -253,15 +245,9 @@ def _write_backward(
         neuron=LIFConstants(*neuron),
         rule=HebbianConstants(*rule),
         num_warps=1,
+        maxnreg=WRITE_BACKWARD_REGISTERS,
     )
     return grad_keys.sum(0), grad_current
-
-
-def _groups_that_fill(device: torch.device, batch: int) -> int:
-    """Programs a sample that fill the device: more would only need more GPU memory for the gradients of the keys."""
-    if device.type != "cuda":
-        return 2
-    return max(1, RESIDENT_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count // batch)
 
 
 @_write.register_fake
@@ -274,15 +260,24 @@ def _(grad_memory, grad_values, key_spikes, *_):
     return key_spikes.new_empty(key_spikes.shape), key_spikes.new_empty(key_spikes.shape)
 
 
+def _groups_that_fill(device: torch.device, batch: int) -> int:
+    """Programs a sample that fill the GPU. More would not make it faster, but need more memory for the gradients of the keys."""
+    if device.type != "cuda":  # the interpreter
+        return 2
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, multiprocessors * REGISTERS // (32 * WRITE_BACKWARD_REGISTERS) // batch)
+
+
 def _write_setup(ctx, inputs, output):
     key_spikes, _, *ctx.constants, _ = inputs
-    _, value_spikes, membranes, checkpoints = output
-    ctx.mark_non_differentiable(membranes, checkpoints)
-    ctx.save_for_backward(key_spikes, value_spikes, membranes, checkpoints)
+    _, _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(key_spikes, *kept)
 
 
 def _write_gradient(ctx, grad_memory, grad_values, *_):
-    return *_write_backward(grad_memory, grad_values, *ctx.saved_tensors, *ctx.constants), None, None, None, None
+    key_spikes, *kept = ctx.saved_tensors
+    return *_write_backward(grad_memory, grad_values, key_spikes, kept, *ctx.constants), None, None, None, None
 
 
 _write.register_autograd(_write_gradient, setup_context=_write_setup)

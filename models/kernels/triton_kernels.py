@@ -1,7 +1,7 @@
 """Device code of the Triton backend. What each kernel computes is defined by `reference`; `triton` launches them.
 
-Layout: every tensor is contiguous, time before neurons. Constants are compile-time values: the dataclasses of `models.neurons` and
-`models.plasticity`. In loops over `t`, names without an index mean the step at hand.
+Every tensor is contiguous, time before neurons. Constants are compile-time values, the dataclasses of `models.neurons` and
+`models.plasticity`. Symbols as there: z, v, r of a neuron, k and kappa of a key, nu of a value, w of the memory.
 """
 
 import triton
@@ -51,14 +51,10 @@ def trace_step(trace, z, rule: tl.constexpr):
 
 
 @triton.jit
-def hebbian_step(memory, nu, kappa, rule: tl.constexpr):
-    """`models.plasticity.hebbian_update` as W' = factor * W + w_max * gain, which keeps an untouched weight at exactly 0.
-
-    Returns W' and the factor.
-    """
+def hebbian_step(w, nu, kappa, rule: tl.constexpr):
+    """`models.plasticity.hebbian_update`, in a form of few operations that keeps an untouched weight at exactly 0."""
     gain = (rule.gamma_pos * nu)[:, None] * kappa[None, :]
-    factor = (1 - rule.gamma_neg * kappa * kappa)[None, :] - gain
-    return factor * memory + rule.w_max * gain, factor
+    return ((1 - rule.gamma_neg * kappa * kappa)[None, :] - gain) * w + rule.w_max * gain
 
 
 # --------------------------------------------------------------------------------------------- feed-forward populations
@@ -127,41 +123,20 @@ def lif_backward(
         grad_current -= neurons
 
 
-@triton.jit
-def traces(
-    spikes,  # B x time x neurons
-    out,  # the same shape
-    steps,
-    total,
-    neurons: tl.constexpr,
-    block: tl.constexpr,
-    rule: tl.constexpr,
-):
-    n = tl.program_id(0) * block + tl.arange(0, block)
-    valid = n < total
-    at = (n // neurons).to(tl.int64) * steps * neurons + n % neurons
-    spikes += at
-    out += at
-    trace = tl.zeros((block,), out.dtype.element_ty)
-    for _ in range(steps):
-        trace = trace_step(trace, tl.load(spikes, valid, other=0.0), rule)
-        tl.store(out, trace, valid)
-        spikes += neurons
-        out += neurons
-
-
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
 @triton.jit
 def write_forward(
     key_spikes,  # B x time x size
-    key_traces,  # B x time x size
     current,  # B x time x size
-    memory,  # B x size x size
+    memory,  # B x size x size, written into
     value_spikes,  # B x time x size
-    membranes,  # B x time x size, if `save`
-    checkpoints,  # B x ceil(time / segment) x size x size, the memory before steps 0, segment, ..., if `save`
+    # What the backward wants, if `save`:
+    key_traces,  # B x time x size
+    value_traces,  # B x time x size
+    membranes,  # B x time x size
+    checkpoints,  # B x ceil(time / segment) x size x size, the memory before steps 0, segment, 2 segment, ...
     steps,
     size: tl.constexpr,
     rows: tl.constexpr,
@@ -173,33 +148,37 @@ def write_forward(
     save: tl.constexpr,
 ):
     tiles: tl.constexpr = (size + rows - 1) // rows
+    tile = tl.program_id(0) % tiles
     sample = (tl.program_id(0) // tiles).to(tl.int64)
-    i = tl.program_id(0) % tiles * rows + tl.arange(0, rows)
+    i = tile * rows + tl.arange(0, rows)
     j = tl.arange(0, columns)
     valid_i, valid_j = i < size, j < size
     valid = valid_i[:, None] & valid_j[None, :]
     ij = i[:, None] * size + j[None, :]
+    memory += sample * size * size + ij
     segments = (steps + segment - 1) // segment
 
-    w = tl.zeros((rows, columns), memory.dtype.element_ty)
-    z = tl.zeros((rows,), memory.dtype.element_ty)
+    w = tl.load(memory, valid, other=0.0)  # tl.zeros has another layout, and Triton would keep w in both
+    kappa = tl.zeros((columns,), w.dtype)
+    z = tl.zeros((rows,), w.dtype)
     v, nu = z, z
     r = tl.zeros((rows,), tl.int32)
     for t in range(steps):
         now = (sample * steps + t) * size
-        if save:
-            if t % segment == 0:
-                tl.store(checkpoints + (sample * segments + t // segment) * size * size + ij, w, valid)
+        if save and t % segment == 0:
+            tl.store(checkpoints + (sample * segments + t // segment) * size * size + ij, w, valid)
         k = tl.load(key_spikes + now + j, valid_j, other=0.0)
-        kappa = tl.load(key_traces + now + j, valid_j, other=0.0)
         drive = tl.load(current + now + i, valid_i, other=0.0) + feedback * tl.sum(w * k[None, :], 1)
         z, v, r, membrane = lif_step(drive, z, v, r, neuron)
+        kappa = trace_step(kappa, k, rule)
         nu = trace_step(nu, z, rule)
-        w, _ = hebbian_step(w, nu, kappa, rule)
+        w = hebbian_step(w, nu, kappa, rule)
         tl.store(value_spikes + now + i, z, valid_i)
         if save:
+            tl.store(value_traces + now + i, nu, valid_i)
             tl.store(membranes + now + i, membrane, valid_i)
-    tl.store(memory + sample * size * size + ij, w, valid)
+            tl.store(key_traces + now + j, kappa, j < tl.where(tile == 0, size, 0))
+    tl.store(memory, w, valid)
 
 
 @triton.jit
@@ -207,10 +186,10 @@ def write_backward(
     grad_memory,  # B x size x size
     grad_values,  # B x time x size
     key_spikes,  # B x time x size
-    key_traces,  # B x time x size
-    value_traces,  # B x time x size
-    membranes,  # of write_forward
-    checkpoints,  # of write_forward
+    key_traces,  # of write_forward, like the next three
+    value_traces,
+    membranes,
+    checkpoints,
     grad_current,  # B x time x size
     grad_keys,  # groups x B x time x size, to be summed over the groups
     batch,
@@ -245,45 +224,48 @@ def write_backward(
         grad_nu = tl.zeros((rows,), dtype)
         grad_kappa = tl.zeros((columns,), dtype)
         for chunk in range((steps - 1) // unrolled, -1, -1):
+            # Replay from the last memory kept to the `unrolled` states before the steps of this chunk.
             start = chunk * unrolled
             w = tl.load(checkpoints + (sample * segments + start // segment) * size * size + ij, valid, other=0.0)
             for t in range(start // segment * segment, start):
                 now = (sample * steps + t) * size
                 nu = tl.load(value_traces + now + i, valid_i, other=0.0)
-                w, _ = hebbian_step(w, nu, tl.load(key_traces + now + j, valid_j, other=0.0), rule)
-
-            # Steps past the last one load zeros: the memory then stays and no gradient arises.
-            before, factors, nus, kappas = (), (), (), ()
+                kappa = tl.load(key_traces + now + j, valid_j, other=0.0)
+                w = hebbian_step(w, nu, kappa, rule)
+            # Steps past the last one load zeros: there the memory stays as it is and no gradient arises.
+            before, nus, kappas = (), (), ()
             for n in tl.static_range(unrolled):
                 now = (sample * steps + start + n) * size
                 limit = tl.where(start + n < steps, size, 0)
                 nu = tl.load(value_traces + now + i, i < limit, other=0.0)
                 kappa = tl.load(key_traces + now + j, j < limit, other=0.0)
                 before, nus, kappas = before + (w,), nus + (nu,), kappas + (kappa,)
-                w, factor = hebbian_step(w, nu, kappa, rule)
-                factors = factors + (factor,)
+                w = hebbian_step(w, nu, kappa, rule)
 
             for n in tl.static_range(unrolled - 1, -1, -1):
                 now = (sample * steps + start + n) * size
                 limit = tl.where(start + n < steps, size, 0)
-                now_i, now_j = i < limit, j < limit
-                nu, kappa = nus[n], kappas[n]
-                gain = grad_w * (rule.w_max - before[n])
-                grad_nu = rule.beta * grad_nu + rule.gamma_pos * tl.sum(gain * kappa[None, :], 1)
-                grad_kappa = rule.beta * grad_kappa + rule.gamma_pos * tl.sum(gain * nu[:, None], 0)
-                grad_kappa -= 2 * rule.gamma_neg * kappa * tl.sum(grad_w * before[n], 0)
+                w, nu, kappa = before[n], nus[n], kappas[n]
+                room = rule.w_max - w
+                scaled = grad_w * (rule.gamma_pos * nu)[:, None]
+                grad_nu = rule.beta * grad_nu + rule.gamma_pos * tl.sum(grad_w * kappa[None, :] * room, 1)
+                grad_kappa = rule.beta * grad_kappa + tl.sum(scaled * room, 0)
+                grad_kappa -= 2 * rule.gamma_neg * kappa * tl.sum(grad_w * w, 0)
 
-                grad_z = tl.load(grad_values + now + i, now_i, other=0.0) + (1 - rule.beta) * grad_nu
-                membrane = tl.load(membranes + now + i, now_i, other=0.0)
+                grad_z = tl.load(grad_values + now + i, i < limit, other=0.0) + (1 - rule.beta) * grad_nu
+                membrane = tl.load(membranes + now + i, i < limit, other=0.0)
                 grad_v = lif_adjoint(grad_z, membrane, grad_v, neuron)
                 grad_drive = (1 - neuron.alpha) * grad_v
-                tl.store(grad_current + now + i, grad_drive, now_i)
+                tl.store(grad_current + now + i, grad_drive, i < limit)
 
-                k = tl.load(key_spikes + now + j, now_j, other=0.0)
-                grad_k = (1 - rule.beta) * grad_kappa + feedback * tl.sum(before[n] * grad_drive[:, None], 0)
+                # The derivative of W' by W anew: the factors of all states would not fit into the registers.
+                k = tl.load(key_spikes + now + j, j < limit, other=0.0)
+                grad_w = grad_w * (1 - rule.gamma_neg * kappa * kappa)[None, :] - scaled * kappa[None, :]
+                grad_w += (feedback * grad_drive)[:, None] * k[None, :]
+
+                grad_k = (1 - rule.beta) * grad_kappa + feedback * tl.sum(w * grad_drive[:, None], 0)
                 grad_k += tl.load(grad_keys + now + j, j < tl.where(tile == group, 0, limit), other=0.0)
-                tl.store(grad_keys + now + j, grad_k, now_j)
-                grad_w = grad_w * factors[n] + (feedback * grad_drive)[:, None] * k[None, :]
+                tl.store(grad_keys + now + j, grad_k, j < limit)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
