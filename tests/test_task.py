@@ -118,7 +118,8 @@ def test_resuming_inside_an_epoch_continues_exactly(undisturbed, tmp_path, monke
 
 
 def test_sigterm_to_a_real_process_saves_and_leaves(tmp_path):
-    command = [sys.executable, "memorizing_associations_task.py", *TINY, "--epochs", "1000", "--output_dir", str(tmp_path)]
+    tinier = ["--num_time_steps", "10", "--embedding_size", "4", "--memory_size", "4", "--epochs", "1000"]
+    command = [sys.executable, "memorizing_associations_task.py", *TINY, *tinier, "--output_dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch   1/"):
@@ -289,13 +290,13 @@ def test_what_is_missing_is_named(capsys, tmp_path, monkeypatch, arguments, name
 
 # The command line, frozen
 
-PUBLISHED_DEFAULTS = """
-    {sequence_length: 10, num_classes: 10, feature_size: 10, inf_data: 1, num_time_steps: 100, workers: 4, prefetch_factor: 2,
-    embedding_size: 80, memory_size: 100, w_max: 1.0, gamma_pos: 0.3, gamma_neg: 0.3, tau_trace: 20.0, readout_delay: 1, thr: 0.1,
-    perfect_reset: false, refractory_time_steps: 3, tau_mem: 20.0, dampening_factor: 1.0, epochs: 250, batch_size: 512,
+PUBLISHED_DEFAULTS = """{
+    sequence_length: 10, num_classes: 10, feature_size: 10, inf_data: 1, num_time_steps: 100, workers: 4, prefetch_factor: 2,
+    embedding_size: 80, memory_size: 100, w_max: 1.0, gamma_pos: 0.3, gamma_neg: 0.3, tau_trace: 20.0, readout_delay: 1,
+    thr: 0.1, perfect_reset: false, refractory_time_steps: 3, tau_mem: 20.0, dampening_factor: 1.0, epochs: 250, batch_size: 512,
     learning_rate: 0.003, learning_rate_decay: 0.85, decay_learning_rate_every: 20, max_grad_norm: 40.0, l2: 1.0e-5,
-    target_rate: 0.0, start_epoch: 0, resume: "", check_params: 1, evaluate: false, logging: false, print_freq: 1, world_size: -1,
-    rank: -1, dist_url: "tcp://127.0.0.1:23456", dist_backend: nccl, seed: null, dataset_seed: 42, gpu: null,
+    target_rate: 0.0, start_epoch: 0, resume: "", check_params: 1, evaluate: false, logging: false, print_freq: 1,
+    world_size: -1, rank: -1, dist_url: "tcp://127.0.0.1:23456", dist_backend: nccl, seed: null, dataset_seed: 42, gpu: null,
     multiprocessing_distributed: false}"""
 
 
