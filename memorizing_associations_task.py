@@ -10,6 +10,7 @@ import io
 import math
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from utils.run import Run
 def main(argv=None) -> int:
     parser = Parser(__doc__.splitlines()[0], TASK_GROUPS)
     options = parser.parse(argv)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         checkpoint = find_checkpoint(options)
         if checkpoint:
@@ -82,7 +84,8 @@ def prepare(options: Options, checkpoint: dict | None) -> tuple[models.Memorizin
     """The network, with initial weights or the checkpoint's, on its device."""
     device = choose_device(options)
     backend, why_not = resolve_backend(options["backend"], device.type)
-    say(f"backend {backend} on {device}" + "".join(f"; not {name}: {reason}" for name, reason in why_not.items()))
+    faster = "" if backend == "reference" else "".join(f" ({name}: {reason})" for name, reason in why_not.items())
+    say(f"backend {backend} on {device}{faster}")
     if options["seed"] is None:
         options.values["seed"] = random.SystemRandom().randrange(2**31)
         say(f"seed {options['seed']}")
@@ -139,25 +142,26 @@ def train(options: Options, checkpoint: dict | None) -> int:
     epochs, samples = options["epochs"], data.TRAINING_SAMPLES
     progress = Progress(epochs * samples, position["epoch"] * samples + position["sample"], options["print_freq"])
     log = tensorboard(run, options)
-    with Interruption() as interruption:
+    with Interruption(patient=distributed.world_size() > 1) as interruption:
         while position["epoch"] < epochs:
             metrics = train_epoch(network, optimizer, position, options, device, progress, interruption)
             if metrics is not None:
                 loss, accuracy = evaluate(model, validation, options["batch_size"], device)
                 metrics |= {"validation_loss": loss, "validation_accuracy": accuracy}
                 is_best = not position["history"] or accuracy > position["best_acc"].item()
-                position["best_acc"] = torch.tensor(accuracy) if is_best else position["best_acc"]
+                position["best_acc"] = torch.tensor(accuracy, dtype=torch.float64) if is_best else position["best_acc"]
                 position |= {"epoch": position["epoch"] + 1, "sample": 0, "running": {}}
                 position["history"] = [*position["history"], metrics]
                 report_epoch(metrics, options, progress, log)
             else:
                 is_best = False
             save(is_best)
-            if distributed.agree(interruption.signal is not None, device) and position["epoch"] < epochs:
+            status = distributed.greatest(interruption.status)
+            if status and position["epoch"] < epochs:
                 progress.close()
                 where = f"in epoch {position['epoch'] + 1} after {position['sample']} of {samples} samples"
                 say(f"interrupted {where}; --resume {run.folder / checkpoints.LAST} goes on")
-                return interruption.status
+                return status
     progress.close()
     say(f"best validation accuracy {position['best_acc']:.3f} %; --resume {run.folder / checkpoints.BEST} --evaluate tests it")
     return 0
@@ -177,7 +181,7 @@ def train_epoch(network, optimizer, position, options, device, progress, interru
     for (start, stop), batch in zip(batches, training_batches(batches, epoch, options), strict=True):
         train_step(network, optimizer, batch.to(device), stop - start, epoch, options, sums)
         progress.step(stop - start, f"epoch {epoch + 1}", lambda: sums.shown() | {"learning_rate": learning_rate})
-        if stop < samples and distributed.agree(interruption.signal is not None, device):
+        if stop < samples and distributed.greatest(interruption.status):
             position |= {"sample": stop, "running": sums.over_processes()}
             return None
     return {"epoch": epoch, "learning_rate": learning_rate, **sums.means()}
@@ -234,6 +238,7 @@ class Sums:
 
     def shown(self) -> dict[str, float]:
         samples, loss, correct = self.values[:3].tolist()
+        samples = max(samples, 1)  # this process's part of the first batch may be empty
         return {"loss": loss / samples, "accuracy": 100 * correct / samples}
 
 

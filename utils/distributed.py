@@ -1,8 +1,12 @@
 """Several processes that train one network, by `torch.distributed`. Without a process group, all of this is the one process."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_CPU = torch.device("cpu")
 
 
 def world_size() -> int:
@@ -20,7 +24,7 @@ def is_main() -> bool:
 
 
 def share(start: int, stop: int) -> tuple[int, int]:
-    """The part of a range of samples that is this process's; the parts of all processes make up the range."""
+    """The part of a range of samples that is this process's; the parts of all processes make up the range. It may be empty."""
     size = stop - start
     return start + size * rank() // world_size(), start + size * (rank() + 1) // world_size()
 
@@ -33,9 +37,22 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def agree(flag: bool, device: torch.device) -> bool:
-    """Whether any process says so."""
-    return flag if world_size() == 1 else bool(total(torch.tensor(float(flag), device=device)) > 0)
+def greatest(number: int) -> int:
+    """The greatest of the processes' numbers."""
+    if world_size() == 1:
+        return number
+    value = torch.tensor(number, device=_CPU)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def from_main(value: Any) -> Any:
+    """What the main process holds here; the others' is ignored."""
+    if world_size() == 1:
+        return value
+    holder = [value if is_main() else None]
+    dist.broadcast_object_list(holder, src=0, device=_CPU)
+    return holder[0]
 
 
 def batch_mean(values: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:

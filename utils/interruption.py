@@ -6,10 +6,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Remembers that a signal came. While it is in force the first signal only sets `signal`; a second one acts as usual."""
+    """Remembers that a signal came. While it is in force the first signal only sets `signal`; a second one acts as usual.
 
-    def __init__(self):
+    Args:
+        patient: a second one changes nothing, either. One of several processes may get a signal twice, from a batch system and
+            from the process that started it, which is also the one that loses patience.
+    """
+
+    def __init__(self, patient: bool = False):
         self.signal: signal.Signals | None = None
+        self._patient = patient
 
     def __enter__(self) -> "Interruption":
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -21,7 +27,8 @@ class Interruption:
 
     def _note(self, number, _frame) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
+        if not self._patient:
+            signal.signal(number, signal.SIG_DFL)
 
     @property
     def status(self) -> int:
