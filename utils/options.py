@@ -149,7 +149,7 @@ DATA = (
 )
 
 TRAINING = (
-    Option("epochs", 250, int, "epochs to train in all", low=0),
+    Option("epochs", 250, int, "epochs to train in all", low=1),
     Option("batch_size", 512, int, "samples in a batch, over all processes of a node", low=1),
     Option("learning_rate", 0.003, float, "learning rate of Adam", above=0),
     Option("learning_rate_decay", 0.85, float, "factor on the learning rate", above=0),
