@@ -1,19 +1,23 @@
 """Figures: functions from arrays to matplotlib figures, in one style. They know nothing of models or files."""
 
 from utils.figures.activity import ALL, Activity, Population, Trial, Zoom, membranes, memory, overview, rates
+from utils.figures.curves import Curves, accuracy_by_length, training_curves
 from utils.figures.style import FORMATS, save, style
 
 __all__ = [
     "ALL",
     "FORMATS",
     "Activity",
+    "Curves",
     "Population",
     "Trial",
     "Zoom",
+    "accuracy_by_length",
     "membranes",
     "memory",
     "overview",
     "rates",
     "save",
     "style",
+    "training_curves",
 ]

@@ -134,6 +134,7 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
             activity = getattr(population, phase.name)
             if activity is None:
                 _note(ax, "no label\nis shown")
+                _note(below, "")
                 continue
             _draw_raster(ax, activity, neurons, phase, raster)
             _draw_population_rate(below, activity, neurons, phase, trial.num_time_steps)
@@ -164,7 +165,7 @@ def _draw_inputs(figure: Figure, trial: Trial, phases: "list[_Phase]", top: floa
         _head(figure, phase)
         name, vectors = ("features", trial.features) if phase.name == "store" else ("query", trial.query[None])
         extent = (phase.start, phase.end, -0.5, size - 0.5)
-        image = ax.imshow(vectors.T, "Greys", vmin=0, vmax=1, aspect="auto", origin="lower", extent=extent)
+        image = ax.imshow(vectors.T, "Greys", vmin=0, vmax=1, aspect="auto", origin="lower", extent=extent, zorder=0.5)
         image.set_gid(name)
         ax.set_xlim(phase.low, phase.high)
         for n in range(len(vectors)):
@@ -328,7 +329,7 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
     for row, population in enumerate(trial.populations):
         top = 4 + pitch * row
         add_heading(figure, 2, top + 3, "abcdefgh"[row], population.title, left - 2)
-        _side_label(figure, left, top + title + (count * (height + gap) - gap) / 2, "Membrane (thresholds)", distance=18)
+        _side_label(figure, left, top + title + (count * (height + gap) - gap) / 2, "Membrane potential (θ)", distance=18)
         neurons = representative(population, zoom, count)
         for place, neuron in enumerate(neurons):
             y = top + title + place * (height + gap)
@@ -343,7 +344,7 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
             _share_scale(axes)
             axes[0].yaxis.set_major_locator(MaxNLocator(3))
             add_text(figure, left - 8, y + height / 2, f"neuron\n{neuron}", ha="right", va="center", size=6)
-    words = "Dashed: threshold. Ticks above: spikes."
+    words = "θ: threshold (dashed). Ticks above: spikes."
     add_text(figure, TWO_COLUMNS - 4, 4 + pitch * len(trial.populations) + 4.5, words, ha="right", size=6, color=GREY)
     return figure
 
@@ -437,9 +438,10 @@ def _phase_axes(
         if not time_labels:
             ax.tick_params(axis="x", length=0, labelbottom=False)
     if time_labels:
-        add_text(
-            figure, (phases[0].left + phases[-1].left + phases[-1].width) / 2, top + height + 6.0, "Time (ms)", ha="center"
-        )
+        middle = (phases[0].left + phases[-1].left + phases[-1].width) / 2
+        wider = phases[-1].mm_per_ms / phases[0].mm_per_ms
+        scale = f"; recall drawn {wider:.2g}× wider" if wider > 1.05 else ""
+        add_text(figure, middle, top + height + 6.0, f"Time (ms{scale})", ha="center")
     return axes
 
 
