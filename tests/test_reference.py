@@ -1,0 +1,113 @@
+"""The equations one by one, and what the reference backend keeps for its backward pass."""
+
+import itertools
+import math
+
+import golden
+import pytest
+import torch
+
+import models
+from models.kernels import reference
+from models.neurons import LIFConstants, LIFState, Spike, lif_step
+from models.plasticity import HebbianConstants, hebbian_update, update_trace
+
+
+def run(current, **constants):
+    """Spikes and membrane of one neuron."""
+    lif = LIFConstants(**constants)
+    state, spikes, membrane = LIFState.at_rest(torch.zeros(1, dtype=torch.float64)), [], []
+    for value in current:
+        state = lif_step(torch.tensor([value], dtype=torch.float64), state, lif)
+        spikes.append(int(state.spikes))
+        membrane.append(state.membrane.item())
+    return spikes, membrane
+
+
+def test_a_membrane_below_threshold_relaxes_exponentially():
+    spikes, membrane = run([0.05] * 50, thr=0.1, tau_mem=20.0)
+    assert sum(spikes) == 0
+    assert membrane[-1] == pytest.approx(0.05 * (1 - math.exp(-50 / 20)), rel=1e-12)
+
+
+def test_soft_reset_subtracts_the_threshold_and_hard_reset_starts_from_zero():
+    alpha = math.exp(-1 / 20)
+    spikes, soft = run([10.0, 0.0], thr=0.1)
+    assert spikes == [1, 0]
+    assert soft[1] == pytest.approx(alpha * soft[0] - 0.1, rel=1e-12)
+    _, hard = run([10.0, 0.0], thr=0.1, perfect_reset=True)
+    assert hard == [soft[0], 0.0]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_neuron_is_silent_while_refractory_and_its_membrane_goes_on(steps):
+    spikes, membrane = run([100.0] * 12, refractory_time_steps=steps)
+    assert spikes == [int(t % (steps + 1) == 0) for t in range(12)]
+    assert all(later > earlier for earlier, later in itertools.pairwise(membrane))
+
+
+def test_surrogate_derivative_is_a_triangle_masked_by_refractoriness():
+    u = torch.tensor([-1.5, -0.5, 0.0, 0.25, 0.25, 2.0], requires_grad=True)
+    may_fire = torch.tensor([True, True, True, True, False, True])
+    spikes = Spike.apply(u, may_fire, 0.5)
+    assert spikes.tolist() == [0, 0, 0, 1, 0, 1]
+    (gradient,) = torch.autograd.grad(spikes.sum(), u)
+    assert gradient.tolist() == [0, 0.25, 0.5, 0.375, 0, 0]
+
+
+def test_the_hebbian_update_of_one_weight():
+    constants = HebbianConstants(w_max=0.7, gamma_pos=0.5, gamma_neg=0.2, tau_trace=5.0)
+    nu = update_trace(torch.tensor([[0.0, 0.4]]), torch.tensor([[1.0, 0.0]]), constants)
+    beta = math.exp(-1 / 5)
+    assert nu.tolist()[0] == pytest.approx([1 - beta, 0.4 * beta])
+    memory = torch.tensor([[[0.3]]])
+    updated = hebbian_update(memory, torch.tensor([[0.6]]), torch.tensor([[0.9]]), constants)
+    assert updated.item() == pytest.approx(0.3 + 0.5 * (0.7 - 0.3) * 0.6 * 0.9 - 0.2 * 0.9**2 * 0.3)
+
+
+def test_rate_regularization_takes_the_batch_mean_before_the_square():
+    rates = {name: torch.full((2, 3), 5.0) for name in reference.POPULATIONS}
+    rates["read_key"] = torch.tensor([[0.0, 20.0, 10.0], [20.0, 20.0, 10.0]])
+    expected = 6 * (5 - 10) ** 2 + ((10 - 10) ** 2 + (20 - 10) ** 2 + (10 - 10) ** 2) / 3
+    assert models.rate_regularization(rates, 10.0).item() == pytest.approx(expected)
+
+
+def test_training_never_keeps_a_memory_for_every_step():
+    """Automatic differentiation alone would: 1,000 steps of a 100 x 100 matrix, several times over."""
+    model = models.build_model({}, "reference")
+    kept = set()
+
+    def pack(tensor):
+        if tensor.shape[-2:] == (100, 100):
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.rand(1, 10, 10), torch.randperm(10).unsqueeze(0), torch.rand(1, 10))
+    assert 0 < len(kept) <= 1000 // reference.SEGMENT_STEPS + 4
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10_000])
+def test_segments_do_not_change_gradients(monkeypatch, steps):
+    expected = golden.load("small_defaults")
+    monkeypatch.setattr(reference, "SEGMENT_STEPS", steps)
+    golden.check(expected, "reference")
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, cpp, reference, not 'fast'"):
+        models.build_model({}, "fast")
+
+
+def test_parameters_carry_the_published_names():
+    published = golden.load("small_defaults")
+    model = models.build_model(published.params, "reference")
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert shapes == {k: tuple(v.shape) for k, v in published.state.items() if k != "encoding_layer.encoding"}
+
+
+def test_without_record_there_is_no_activity():
+    output = models.build_model({"num_time_steps": 5}, "reference")(
+        torch.rand(2, 3, 10), torch.zeros(2, 3).long(), torch.rand(2, 10)
+    )
+    assert output.activity is None
