@@ -11,39 +11,53 @@ A checkpoint is a `torch.save` dictionary of plain values and tensors, under the
     history      one dictionary an epoch, the lines of the metrics file
     running      sums over the samples of the unfinished epoch
     time_stamp, log_dir
+    digest       SHA-256 over all the others; it is verified where there is one
 
-Published checkpoints lack `sample`, `history` and `running`; their `params` is an `argparse.Namespace`, their parameter names may
-carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix of ones which is not learned.
+Published checkpoints lack `sample`, `history`, `running` and `digest`; their `params` is an `argparse.Namespace`, their
+parameter names may carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix of ones which is not learned.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import pickle
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from utils.checkpoint_contents import KEYS, checked, digest
 from utils.errors import UserError
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 
-_NOT_LEARNED = "encoding_layer.encoding"
+_BEFORE_ZIP = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # opens the files of PyTorch before 1.6, which were no archives
+
+
+# Writing
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint so that `path` holds, at any moment, the old one or the new one, whole.
 
+    Args:
+        checkpoint: a value for every one of KEYS.
+
     Raises:
         UserError: the file cannot be written; what stood there stays.
     """
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    content = {key: checkpoint[key] for key in KEYS}
+    archive = io.BytesIO()
+    torch.save(content | {"digest": digest(content)}, archive)
+    write_atomically(path, lambda file: file.write(archive.getbuffer()))
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replace a file by what `write(binary file)` writes: a temporary file in the same folder, fsync, rename.
 
     Raises:
@@ -61,80 +75,88 @@ def write_atomically(path: Path, write) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as failure:  # torch.save raises RuntimeError where a write falls short
+    except OSError as failure:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            f"{path}: cannot be written ({failure.strerror}); make room or choose another --output_dir"
+        ) from failure
+
+
+def remove_left_behind(path: Path) -> None:
+    """Remove the temporary files of writers of `path` that were killed. Nobody may be writing it."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)
-        reason = getattr(failure, "strerror", None) or str(failure).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); make room or choose another --output_dir") from failure
+
+
+# Reading
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of this program or of the published one, as described above, published ones brought to our form.
 
-    Nothing in the file is executed: only tensors and plain values are unpickled.
+    Nothing in the file is executed: only tensors and plain values are unpickled. What is returned has the types, the shapes (as
+    its own `params` say) and the finite numbers of a checkpoint, and is what was written.
 
     Raises:
         UserError: no such file, damaged, or not such a checkpoint.
     """
     path = Path(path)
-    checkpoint = _read(path)
-    if not isinstance(checkpoint, dict) or not {"epoch", "state_dict", "params"} <= checkpoint.keys():
-        raise UserError(f"{path}: not a checkpoint of this program or of the published one")
-    params = checkpoint["params"]
-    checkpoint["params"] = dict(vars(params) if isinstance(params, argparse.Namespace) else params)
-    state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
-    published = state.pop(_NOT_LEARNED, None) is not None
-    checkpoint["state_dict"] = state
-    if published and "optimizer" in checkpoint:
-        checkpoint["optimizer"] = _without_third_parameter(checkpoint["optimizer"])
-    checkpoint["best_acc"] = torch.as_tensor(checkpoint.get("best_acc", 0.0))
-    return {"sample": 0, "history": [], "running": {}} | checkpoint
-
-
-def _read(path: Path) -> Any:
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise UserError(f"{path}: damaged ({damaged}); use another checkpoint")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return checked(_read(path))
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror or failure}") from failure
-    except pickle.UnpicklingError as failure:
-        raise UserError(f"{path}: refused, it holds more than tensors and plain values") from failure
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as failure:
-        raise UserError(f"{path}: damaged, or not a checkpoint; use another one") from failure
+    except ValueError as failure:
+        raise UserError(f"{path}: {failure}") from failure
 
 
-def _without_third_parameter(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Adam's state of a published checkpoint, which counts the constant encoding matrix as its third parameter."""
-    number = {0: 0, 1: 1, 3: 2, 4: 3, 5: 4}
-    (group,) = optimizer["param_groups"]
-    return {
-        "state": {number[old]: value for old, value in optimizer["state"].items() if old in number},
-        "param_groups": [group | {"params": sorted(number.values())}],
-    }
-
-
-def find(folder: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint of a run folder, or None where there is none; what is damaged is told on the way.
+def find(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run folder and its path, or None where there is none. What is damaged is told.
 
     Raises:
         UserError: there are checkpoints, and none is whole.
     """
-    present = [folder / name for name in (LAST, BEST) if (folder / name).exists()]
     failures = []
-    for path in present:
+    for path in (folder / LAST, folder / BEST):
+        if not path.exists():
+            continue
         try:
             checkpoint = load(path)
         except UserError as failure:
             failures.append(str(failure))
         else:
             for failure in failures:
-                print(f"warning: {failure}; going back to {path}", flush=True)
-            return checkpoint
+                print(f"warning: {failure}; going back to {path}, of epoch {checkpoint['epoch']}", flush=True)
+            return path, checkpoint
     if failures:
         raise UserError("; ".join(failures))
     return None
+
+
+def _read(path: Path) -> Any:
+    """What a `torch.save` file holds. Raises OSError, or ValueError saying what is wrong with it."""
+    with open(path, "rb") as file:
+        start = file.read(64) if path.is_file() else b""
+    if not start:
+        raise ValueError("empty, or not a file")
+    if _BEFORE_ZIP in start:
+        raise ValueError("a file of PyTorch before 1.6, which nothing protects; load it there and save it with a newer PyTorch")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("not written by PyTorch, or damaged: its archive is compressed")
+            if damaged := archive.testzip():
+                raise ValueError(f"damaged in {damaged!r}; use another checkpoint")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as failure:
+        raise ValueError("refused, it holds more than tensors and plain values") from failure
+    except (OSError, ValueError):
+        raise
+    except Exception as failure:  # there is no telling what a damaged archive or pickle raises
+        raise ValueError("damaged, or not a checkpoint; use another one") from failure
 
 
 def time_stamp() -> str:
