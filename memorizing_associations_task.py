@@ -10,7 +10,6 @@ import io
 import math
 import random
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ import data
 import models
 from data.loader import ahead
 from models.kernels import POPULATIONS, BackendError, resolve_backend
-from utils import checkpoints, distributed
-from utils.errors import UserError
+from utils import checkpoints, distributed, launch
+from utils.errors import UserError, warn_in_one_line
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
 from utils.progress import Progress, epoch_line
@@ -36,9 +35,11 @@ from utils.run import Run
 def main(argv=None) -> int:
     parser = Parser(__doc__.splitlines()[0], TASK_GROUPS)
     options = parser.parse(argv)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warn_in_one_line()
     try:
-        checkpoint = find_checkpoint(options)
+        place = launch.find_place(options)
+        leads = place is None or place.leads  # other nodes get the options and the checkpoint from the first
+        checkpoint = find_checkpoint(options) if leads else None
         if checkpoint:
             adopt_checkpoint(options, checkpoint, parser)
         if error := options.combination_error():
@@ -46,7 +47,11 @@ def main(argv=None) -> int:
         if options["print_options"]:
             print(options.to_yaml(), end="")
             return 0
-        return evaluate_checkpoint(options, checkpoint) if options["evaluate"] else train(options, checkpoint)
+        if not options["evaluate"]:
+            options.values["output_dir"] = run_folder(options, checkpoint)
+        return launch.run(evaluate_checkpoint if options["evaluate"] else train, place, options, checkpoint)
+    except launch.PlaceError as error:
+        parser.error(str(error))
     except (UserError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -63,7 +68,13 @@ def find_checkpoint(options: Options) -> dict | None:
         return checkpoints.load(resume)
     if not options["output_dir"]:
         raise UserError("--resume auto needs to know the run: --output_dir FOLDER")
-    return checkpoints.find(Path(options["output_dir"]))
+    found = checkpoints.find(Path(options["output_dir"]))
+    if found:
+        options.values["resume"] = str(found[0])
+        return found[1]
+    if options["evaluate"]:
+        raise UserError(f"--resume auto: no checkpoint in --output_dir {options['output_dir']}")
+    return None
 
 
 def adopt_checkpoint(options: Options, checkpoint: dict, parser: Parser) -> None:
@@ -87,7 +98,7 @@ def prepare(options: Options, checkpoint: dict | None) -> tuple[models.Memorizin
     faster = "" if backend == "reference" else "".join(f" ({name}: {reason})" for name, reason in why_not.items())
     say(f"backend {backend} on {device}{faster}")
     if options["seed"] is None:
-        options.values["seed"] = random.SystemRandom().randrange(2**31)
+        options.values["seed"] = distributed.from_main(random.SystemRandom().randrange(2**31))
         say(f"seed {options['seed']}")
     torch.manual_seed(options["seed"])
     model = models.build_model(options.values, backend)
@@ -142,11 +153,15 @@ def train(options: Options, checkpoint: dict | None) -> int:
     epochs, samples = options["epochs"], data.TRAINING_SAMPLES
     progress = Progress(epochs * samples, position["epoch"] * samples + position["sample"], options["print_freq"])
     log = tensorboard(run, options)
+    if not checkpoint:
+        save()  # tells at once whether the folder can be written to, and keeps the initial weights
     with Interruption(patient=distributed.world_size() > 1) as interruption:
         while position["epoch"] < epochs:
             metrics = train_epoch(network, optimizer, position, options, device, progress, interruption)
             if metrics is not None:
                 loss, accuracy = evaluate(model, validation, options["batch_size"], device)
+                if not math.isfinite(loss):
+                    raise not_finite(f"epoch {position['epoch'] + 1}", "validation loss")
                 metrics |= {"validation_loss": loss, "validation_accuracy": accuracy}
                 is_best = not position["history"] or accuracy > position["best_acc"].item()
                 position["best_acc"] = torch.tensor(accuracy, dtype=torch.float64) if is_best else position["best_acc"]
@@ -179,7 +194,8 @@ def train_epoch(network, optimizer, position, options, device, progress, interru
     starts = range(position["sample"], samples, batch_size)
     batches = [(start, min(start + batch_size, samples)) for start in starts]
     for (start, stop), batch in zip(batches, training_batches(batches, epoch, options), strict=True):
-        train_step(network, optimizer, batch.to(device), stop - start, epoch, options, sums)
+        where = f"epoch {epoch + 1}, step {start // batch_size + 1}"
+        train_step(network, optimizer, batch.to(device), stop - start, epoch, options, sums, where)
         progress.step(stop - start, f"epoch {epoch + 1}", lambda: sums.shown() | {"learning_rate": learning_rate})
         if stop < samples and distributed.greatest(interruption.status):
             position |= {"sample": stop, "running": sums.over_processes()}
@@ -187,8 +203,14 @@ def train_epoch(network, optimizer, position, options, device, progress, interru
     return {"epoch": epoch, "learning_rate": learning_rate, **sums.means()}
 
 
-def train_step(network, optimizer, batch: data.Samples, batch_size: int, epoch: int, options: Options, sums: "Sums") -> None:
-    """One step on this process's part `batch` of a global batch of `batch_size` samples."""
+def train_step(
+    network, optimizer, batch: data.Samples, batch_size: int, epoch: int, options: Options, sums: "Sums", where: str
+) -> None:
+    """One step on this process's part `batch` of a global batch of `batch_size` samples.
+
+    Raises:
+        UserError: on every process, the step not applied, where the loss or the gradient of one is not finite.
+    """
     output = network(batch.features, batch.labels, batch.query)
     cross_entropy_sum = cross_entropy(output.logits, batch.answer, reduction="sum")
     mean_rates = distributed.batch_mean(output.rates, batch_size)
@@ -198,12 +220,23 @@ def train_step(network, optimizer, batch: data.Samples, batch_size: int, epoch: 
         loss = loss + options["l2"] * regularization
     optimizer.zero_grad()
     (loss * distributed.world_size()).backward()  # DistributedDataParallel takes the mean over the processes
-    clip = options["max_grad_norm"] if options["max_grad_norm"] > 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-    if not torch.isfinite(norm):
-        raise UserError(f"gradient not finite in epoch {epoch + 1}")
+    gradients = {name.removeprefix("module."): weight.grad for name, weight in network.named_parameters()}
+    norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+    if distributed.total((~torch.isfinite(loss + norm)).float()) > 0:  # the one point where a step waits for the device
+        tensors = {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        raise not_finite(where, ", ".join(broken) or "norm of the gradient, or a tensor of another process")
+    if options["max_grad_norm"] > 0:
+        torch.nn.utils.clip_grads_with_norm_(network.parameters(), options["max_grad_norm"], norm)
     optimizer.step()
     sums.add(output, batch.answer, cross_entropy_sum, regularization)
+
+
+def not_finite(where: str, what: str) -> UserError:
+    return UserError(
+        f"{where}: not finite: {what}; the step was not applied and the last checkpoint stays; --resume it with a lower "
+        "--learning_rate or --max_grad_norm"
+    )
 
 
 class Sums:
@@ -261,21 +294,30 @@ def report_epoch(metrics: dict, options: Options, progress: Progress, log) -> No
     progress.epoch(epoch_line(metrics, options["epochs"]))
     for name, rate in metrics["rates"].items():
         if rate == 0:
-            say(f"warning: {name} emitted no spike in epoch {metrics['epoch'] + 1}: no gradient reaches what is behind it")
+            say(
+                f"warning: {name} emitted no spike in epoch {metrics['epoch'] + 1}, so nothing is learned through it; if this "
+                "lasts, start again with another --seed, or with short sequences first (--curriculum_start 2)"
+            )
     if log:
         write_tensorboard(log, metrics)
 
 
-def open_run(options: Options, checkpoint: dict | None) -> Run:
+def run_folder(options: Options, checkpoint: dict | None) -> str:
     """The folder of the run: --output_dir, or that of the checkpoint to go on with, or a new one."""
     folder = options["output_dir"]
     if not folder and checkpoint and Path(options["resume"]).with_name("options.yaml").exists():
-        folder = Path(options["resume"]).parent
-    run = Run(Path(folder or f"runs/{checkpoints.time_stamp()}"))
-    if not checkpoint and run.holds_checkpoint():
-        raise UserError(
-            f"--output_dir {run.folder}: holds a run already; --resume auto goes on with it, or choose another folder"
-        )
+        folder = str(Path(options["resume"]).parent)
+    return folder or f"runs/{checkpoints.time_stamp()}"
+
+
+def open_run(options: Options, checkpoint: dict | None) -> Run:
+    run = Run(Path(options["output_dir"]))
+    if distributed.is_main():
+        run.lock()
+        if checkpoint:
+            run.check_may_write(Path(options["resume"]), (checkpoint["epoch"], checkpoint["sample"]))
+        else:
+            run.check_may_write(None, (0, 0))
     return run
 
 

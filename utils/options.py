@@ -84,6 +84,8 @@ def _to_bool(value: Any) -> bool:
 def _to_str(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"must be text, not {value!r}")
+    if not value.isprintable():
+        raise ValueError(f"must be printable text, not {value!r}")
     return value
 
 
@@ -151,8 +153,8 @@ DATA = (
 TRAINING = (
     Option("epochs", 250, int, "epochs to train in all", low=1),
     Option("batch_size", 512, int, "samples in a batch, over all processes of a node", low=1),
-    Option("learning_rate", 0.003, float, "learning rate of Adam", above=0),
-    Option("learning_rate_decay", 0.85, float, "factor on the learning rate", above=0),
+    Option("learning_rate", 0.003, float, "learning rate of Adam", above=0, high=1e6),
+    Option("learning_rate_decay", 0.85, float, "factor on the learning rate", above=0, high=1),
     Option("decay_learning_rate_every", 20, int, "epochs between two of its decays", low=1),
     Option("max_grad_norm", 40.0, float, "clip the norm of the gradient; 0 or less: off"),
     Option("l2", 1e-5, float, "strength of the activity regularization, from the second epoch on", low=0),
@@ -191,10 +193,12 @@ RUN = (
 
 DISTRIBUTED = (
     Option("multiprocessing_distributed", False, bool, "train on all GPUs of this node, one process each"),
+    Option("processes_per_node", None, int, "so many processes, on GPUs or CPUs; none: one a GPU", low=1, optional=True),
     Option("world_size", -1, int, "number of nodes", low=-1),
     Option("rank", -1, int, "number of this node, from 0", low=-1),
-    Option("dist_url", "tcp://127.0.0.1:23456", str, "where the processes meet; env://: as the environment says (torchrun)"),
+    Option("dist_url", "tcp://127.0.0.1:23456", str, "where the nodes meet, at rank 0; or env:// (torchrun)"),
     Option("dist_backend", "nccl", str, "nccl for GPUs, gloo for CPUs", choices=("nccl", "mpi", "gloo")),
+    Option("dist_timeout", 120.0, float, "give up after so many seconds without an answer from another process", above=0),
 )
 
 TASK_GROUPS = {
