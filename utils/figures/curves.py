@@ -33,9 +33,9 @@ TRAINING_PANELS = (
     ("Loss", "Cross entropy (nats)", {"validation_loss": "validation", "train_loss": "training"}),
     ("Accuracy", "Accuracy (%)", {"validation_accuracy": "validation", "train_accuracy": "training"}),
     ("Learning rate", "Learning rate", {"learning_rate": ""}),
-    ("Encoding neurons", "Rate (Hz)", {"features_encoded": "vectors", "labels_encoded": "labels", "query_encoded": "query"}),
-    ("Key neurons", "Rate (Hz)", {"write_key": "store", "read_key": "recall"}),
-    ("Value neurons", "Rate (Hz)", {"write_value": "store", "read_value": "recall"}),
+    ("Encoding", "Rate (Hz)", {"features_encoded": "vectors", "labels_encoded": "labels", "query_encoded": "query"}),
+    ("Keys", "Rate (Hz)", {"write_key": "store", "read_key": "recall"}),
+    ("Values", "Rate (Hz)", {"write_value": "store", "read_value": "recall"}),
 )
 
 
@@ -68,11 +68,11 @@ def training_curves(runs: Sequence[Curves]) -> Figure:
                 look = {"color": SERIES[place]} if len(groups) == 1 else {"color": BLACK, "ls": LINE_STYLES[place]}
                 ax.plot([], [], label=words, **look)
         if title == "Accuracy":
-            _draw_chance(ax, runs)
-        ax.set_ylim(0, _top(ax, at_most=100 if title == "Accuracy" else None))
+            _draw_chance(ax, runs, "chance")
+        ax.set_ylim(0, 103 if title == "Accuracy" else None)
         ax.set(xlabel="Epoch", ylabel=unit)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if len(series) > 1:
             ax.legend(loc="lower right", bbox_to_anchor=(1.02, 1.0), ncols=3, borderpad=0, columnspacing=0.8, handletextpad=0.4)
     if len(groups) > 1:
@@ -135,15 +135,10 @@ def _draw_repetitions(ax: Axes, runs: Sequence[Curves], x: str, y: str, **look) 
             mean.set_gid(f"{runs[0].label} mean {y}")
 
 
-def _draw_chance(ax: Axes, runs: Sequence[Curves]) -> None:
+def _draw_chance(ax: Axes, runs: Sequence[Curves], words: str = "") -> None:
     for classes in sorted({run.num_classes for run in runs} - {None}):
+        ax.text(1, 100 / classes + 1, words, transform=ax.get_yaxis_transform(), ha="right", va="bottom", size=6, color=GREY)
         ax.axhline(100 / classes, color=GREY, lw=0.6, ls=LINE_STYLES[1], zorder=1).set_gid(f"chance of {classes} classes")
-
-
-def _top(ax: Axes, at_most: float | None) -> float:
-    """Upper end of an axis that starts at 0."""
-    highest = max((line.get_ydata().max() for line in ax.lines if len(line.get_ydata())), default=0)
-    return 1.03 * (at_most or highest or 1)
 
 
 def _draw_labels(
@@ -154,11 +149,6 @@ def _draw_labels(
     for label, members in groups.items():
         words = label + (f" (mean and range of {len(members)} runs)" if len(members) > 1 else "")
         handles.append(Line2D([], [], color=colours[label], label=words))
-    width, height = figure.get_size_inches() * 25.4
-    figure.legend(
-        handles=[*handles, *more],
-        loc="upper left",
-        bbox_to_anchor=(left / width, 1 - top / height),
-        borderpad=0,
-        labelspacing=0.35,
-    )
+    width, height = figure.get_size_inches() * MM_PER_INCH
+    place = {"loc": "upper left", "bbox_to_anchor": (left / width, 1 - top / height)}
+    figure.legend(handles=[*handles, *more], **place, borderpad=0, labelspacing=0.35)
