@@ -347,6 +347,8 @@ def say(message: str) -> None:
 
 # Evaluation
 
+EVALUATION_BATCH = 125  # small enough that there is one for each of 8 processes
+
 
 def evaluation_set(split: str, options: Options, length: int) -> data.Samples:
     return data.evaluation_set(split, length, options["num_classes"], options["feature_size"], options["dataset_seed"])
@@ -354,11 +356,15 @@ def evaluation_set(split: str, options: Options, length: int) -> data.Samples:
 
 @torch.no_grad()
 def evaluate(model: models.MemorizingAssociations, samples: data.Samples, batch_size: int, device) -> tuple[float, float]:
-    """Mean cross entropy and accuracy in percent, each process on its part."""
+    """Mean cross entropy and accuracy in percent, each process on its part.
+
+    The parts are made of the batches that one process takes: the rounding of a matrix product depends on the size of the batch,
+    and may flip a spike.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    start, stop = distributed.share(0, len(samples))
-    for first in range(start, stop, batch_size):
-        batch = samples[first : min(first + batch_size, stop)].to(device)
+    size = min(batch_size, EVALUATION_BATCH)
+    for first in range(0, len(samples), size)[distributed.rank() :: distributed.world_size()]:
+        batch = samples[first : first + size].to(device)
         logits = model(batch.features, batch.labels, batch.query).logits
         correct = (logits.argmax(1) == batch.answer).sum()
         sums += torch.stack([cross_entropy(logits, batch.answer, reduction="sum").double(), correct.double()])
