@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train and test every run of a sweep, several at a time; run it again to go on where it stopped.
 
-python experiments/sweep.py experiments/published.yaml --output_dir runs/sweep
+python experiments/sweep.py experiments/results.yaml --output_dir runs/sweep
 
 The YAML file names groups of runs. A group gives options of the task script; a list of values makes one run for each of them
 (several lists: for each combination), in the order of the file:

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Why networks fall silent: follow the first training steps, as the task script takes them, and what each does to the reading.
+
+python experiments/silence.py --seed 2 --output runs/silence/published-seed2.csv
+python experiments/silence.py --seed 2 --curriculum_start 2 --output runs/silence/curriculum-seed2.csv
+python experiments/silence.py --draw runs/silence/*.csv --output silence.png
+
+The table has a row a step, from before that step: loss (cross entropy), accuracy (%), `gain` (see `loss_by_gain`), mean firing
+rates (Hz), shares of neurons that fire at all, norms of the weights; and, for each weight matrix W, `pull/W`: by how much the
+step that the optimizer takes along W changes the mean firing rate of the reading values, to first order (Hz).
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import models  # noqa: E402
+from utils.options import CURRICULUM, TASK_GROUPS, Options, Parser  # noqa: E402
+
+READING = ("read_key", "read_value")
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    arguments.add_argument("--output", type=Path, required=True, help="table to write, or figure with --draw")
+    arguments.add_argument("--draw", type=Path, nargs="+", metavar="TABLE.csv", help="draw these tables and train nothing")
+    arguments.epilog = "All other options are those of memorizing_associations_task.py; --epochs is 2 by default."
+    args, others = arguments.parse_known_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.draw:
+        draw(args.draw, args.output)
+        return 0
+    options = Parser(arguments.description, TASK_GROUPS).parse(["--epochs", "2", "--seed", "1", *others])
+    rows = list(follow(options))
+    with open(args.output, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return 0
+
+
+def follow(options: Options):
+    """Train as the task script does, and describe the network before every step."""
+    torch.manual_seed(options["seed"])
+    model = models.build_model(options.values, options["backend"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
+    starts = [(e, n) for e in range(options["epochs"]) for n in range(0, data.TRAINING_SAMPLES, options["batch_size"])]
+    for step, (epoch, start) in enumerate(tqdm(starts, unit=" steps", disable=not sys.stderr.isatty())):
+        length = data.training_length(start, epoch, **options.of(CURRICULUM, "sequence_length", "dataset_seed"))
+        stop = min(start + options["batch_size"], data.TRAINING_SAMPLES)
+        sizes = (length, options["num_classes"], options["feature_size"], options["dataset_seed"])
+        batch = data.training_samples(start, stop, epoch, *sizes)
+        output = model(batch.features, batch.labels, batch.query)
+        loss = cross_entropy(output.logits, batch.answer)
+        row = {"step": step, "epoch": epoch, "length": length} | describe(model, output, batch.answer, loss)
+
+        inner = list(model.parameters())[: names(model).index("output")]  # the output layer does not act on the rates
+        rate_gradient = torch.autograd.grad(output.rates["read_value"].mean(), inner, retain_graph=True)
+        if epoch > 0:
+            mean_rates = {name: rate.mean(0, keepdim=True) for name, rate in output.rates.items()}
+            loss = loss + options["l2"] * models.rate_regularization(mean_rates, options["target_rate"])
+        before = [weight.detach().clone() for weight in inner]
+        optimizer.zero_grad()
+        loss.backward()
+        if options["max_grad_norm"] > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options["max_grad_norm"])
+        optimizer.step()
+        moves = [weight.detach() - old for weight, old in zip(inner, before, strict=True)]
+        pulls = [(gradient * move).sum().item() for gradient, move in zip(rate_gradient, moves, strict=True)]
+        yield row | {f"pull/{name}": pull for name, pull in zip(names(model), pulls, strict=False)}
+
+
+@torch.no_grad()
+def describe(model: models.MemorizingAssociations, output: models.Output, answer: Tensor, loss: Tensor) -> dict[str, float]:
+    accuracy = 100 * (output.logits.argmax(1) == answer).double().mean()
+    row = {"loss": loss.item(), "accuracy": accuracy.item(), "gain": loss_by_gain(output.logits, answer).item()}
+    row |= {f"rate/{name}": rate.mean().item() for name, rate in output.rates.items()}
+    row |= {f"active/{name}": (output.rates[name] > 0).any(0).double().mean().item() for name in READING}
+    return row | {f"norm/{n}": w.norm().item() for n, w in zip(names(model), model.parameters(), strict=True)}
+
+
+def loss_by_gain(logits: Tensor, answer: Tensor) -> Tensor:
+    """Derivative of the cross entropy by the logarithm of a factor common to all logits (B x C).
+
+    Positive: the loss falls when the readout, whatever it says, becomes weaker.
+    """
+    by_logits = logits.softmax(1)
+    by_logits[torch.arange(len(answer)), answer] -= 1
+    return (by_logits * logits).sum(1).mean()
+
+
+def names(model: models.MemorizingAssociations) -> list[str]:
+    return [name.split("_")[0] for name, _ in model.named_parameters()]
+
+
+def draw(tables: list[Path], path: Path) -> None:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main())
