@@ -30,6 +30,7 @@ class Option:
     high: float | None = None  # greatest value
     choices: tuple | None = None
     optional: bool = False  # may be none
+    words: str = ""  # where it takes several words on the command line: what to call one of them in the help
 
     def convert(self, value: Any) -> Any:
         """The value from a word of the command line or from YAML.
@@ -119,7 +120,9 @@ def _as_tuple(value: Any) -> tuple:
 
 _sizes, _dynamics, _lif, _hebbian = Sizes(), Dynamics(), LIFConstants(), HebbianConstants()
 
-SEQUENCE_LENGTH = Option("sequence_length", 10, lengths, "pairs in a sequence; with --evaluate several: 2,5,10 or 2-10", low=1)
+SEQUENCE_LENGTH = Option(
+    "sequence_length", 10, lengths, "pairs in a sequence; with --evaluate several: 2,5,10 or 2-10", low=1, words="N"
+)
 
 # What a network is. A checkpoint's must be the same to resume, evaluate or plot it.
 MODEL = (
@@ -291,8 +294,8 @@ class Parser(argparse.ArgumentParser):
         text = f"{option.help} (default: {default})".replace("%", "%%")
         if option.kind is bool:
             group.add_argument(*spellings, action=argparse.BooleanOptionalAction, dest=option.name, help=text)
-        elif option.kind is lengths:
-            group.add_argument(*spellings, nargs="+", dest=option.name, metavar="N", help=text)
+        elif option.words:
+            group.add_argument(*spellings, nargs="+", dest=option.name, metavar=option.words, help=text)
         else:
             metavar = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else option.name.upper()
             group.add_argument(*spellings, dest=option.name, metavar=metavar, help=text)
