@@ -246,7 +246,7 @@ class Options:
                 "raise --num_classes or shorten the sequence"
             )
         for name in ("curriculum_start", "mixed_lengths"):
-            if self[name] > longest:
+            if self.values.get(name, 0) > longest:  # plotting has no curriculum
                 return f"--{name} {self[name]} is more than --sequence_length {longest}"
         if len(self.all_lengths) > 1 and not self["evaluate"]:
             return "--sequence_length: several lengths are for --evaluate; training takes one"
