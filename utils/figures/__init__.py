@@ -1,12 +1,13 @@
 """Figures: functions from arrays to matplotlib figures, in one style. They know nothing of models or files."""
 
 from utils.figures.activity import ALL, Activity, Population, Trial, Zoom, membranes, memory, overview, rates
-from utils.figures.curves import Curves, accuracy_by_length, training_curves
+from utils.figures.curves import TRAINING_PANELS, Curves, accuracy_by_length, training_curves
 from utils.figures.style import FORMATS, save, style
 
 __all__ = [
     "ALL",
     "FORMATS",
+    "TRAINING_PANELS",
     "Activity",
     "Curves",
     "Population",
