@@ -11,11 +11,12 @@ How time and GPU memory are spent:
   atomics: two runs on one GPU give identical bits.
 - `hebbian_read`: one program a sample, which reads from the memory (in cache) the columns of the neurons that fired.
 
-With the environment variable TRITON_INTERPRET=1 the kernels run on a CPU in Triton's interpreter, thousands of times slower:
-that is for tests.
+With the environment variable TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on a CPU too, thousands of times
+slower. That is for tests; `auto` then takes this backend on any device.
 """
 
-from dataclasses import astuple
+import os
+from dataclasses import astuple, fields
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ NEURONS_PER_PROGRAM = 128  # one thread a neuron
 # The memory is kept every SEGMENT steps; the backward holds the UNROLLED states before as many steps at a time.
 SEGMENT = 8
 UNROLLED = 4
-# Elements of a program's tile, and the registers that a thread may use: with these, compiled for an H100 at memory size 100, next
-# to nothing is spilled, and a multiprocessor holds 16 warps of the forward and 12 of the backward.
+# Elements of a program's tile, and the registers that a thread may use: compiled for an H100 at memory size 100, next to
+# nothing is spilled, and a multiprocessor holds 16 programs of the forward and 12 of the backward.
 WRITE_TILE, WRITE_REGISTERS = 1024, 128
 WRITE_BACKWARD_TILE, WRITE_BACKWARD_REGISTERS = 512, 168
 READ_TILE = 4096
@@ -48,12 +49,14 @@ def unavailable(device_type: str) -> str | None:
     """Why this backend cannot run on such a device here, in one line with the remedy, or None."""
     if kernels is None:
         return f"Triton cannot be imported ({IMPORT_ERROR}); install it with `pip install triton`"
-    if triton.knobs.runtime.interpret:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"Triton {triton.__version__} is too old; install 3.6 or later, which comes with PyTorch 2.11"
+    if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if device_type != "cuda":
-        return f"it runs on CUDA devices, not on {device_type}; use --device cuda or the cpp backend"
+    if device_type != "cuda" or torch.version.hip:
+        return "it runs on NVIDIA GPUs; use --device cuda there, or the cpp backend"
     if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+        return "PyTorch sees no CUDA device; check nvidia-smi, CUDA_VISIBLE_DEVICES and that PyTorch is built for CUDA"
     return None
 
 
@@ -109,6 +112,11 @@ def _launch(kernel, programs: int, *args, **constants) -> None:
         kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
 
 
+def _constants(cls, values: list[float]):
+    """The dataclass of constants that crossed torch.library as floats."""
+    return cls(*(f.type(value) for f, value in zip(fields(cls), values, strict=True)))
+
+
 def _tile(size: int, elements: int) -> dict[str, int]:
     """Rows and columns of a tile of about so many elements that spans the columns of a size x size matrix."""
     columns = triton.next_power_of_2(size)
@@ -118,31 +126,41 @@ def _tile(size: int, elements: int) -> dict[str, int]:
 # A population of LIF neurons -------------------------------------------------------------------------------------------
 
 
-def _each_neuron(kernel, tensors: tuple[Tensor, ...], lengths: tuple[int, ...], **constants) -> None:
-    batch, _, neurons = tensors[0].shape
-    total = batch * neurons
-    programs = triton.cdiv(total, NEURONS_PER_PROGRAM)
-    _launch(kernel, programs, *tensors, *lengths, total, neurons=neurons, block=NEURONS_PER_PROGRAM, **constants)
-
-
 @torch.library.custom_op("fused_triton::lif", mutates_args=())
 def _lif(current: Tensor, steps: int, neuron: list[float]) -> Tensor:
-    return _lif_forward(current.contiguous(), steps, LIFConstants(*neuron), membranes=False)
-
-
-def _lif_forward(current: Tensor, steps: int, neuron: LIFConstants, membranes: bool) -> Tensor:
-    batch, inputs, neurons = current.shape
-    out = current.new_empty(batch, inputs * steps, neurons)
-    _each_neuron(kernels.lif_forward, (current, out), (inputs, steps), neuron=neuron, membranes=membranes)
-    return out
+    return _lif_forward(current.contiguous(), steps, neuron, membranes=False)
 
 
 @torch.library.custom_op("fused_triton::lif_backward", mutates_args=())
 def _lif_backward(grad_spikes: Tensor, current: Tensor, steps: int, neuron: list[float]) -> Tensor:
-    current, constants = current.contiguous(), LIFConstants(*neuron)
-    tensors = grad_spikes.contiguous(), _lif_forward(current, steps, constants, membranes=True), torch.empty_like(current)
-    _each_neuron(kernels.lif_backward, tensors, (current.shape[1], steps), neuron=constants)
-    return tensors[-1]
+    current, grad_current = current.contiguous(), current.new_empty(current.shape)
+    membranes = _lif_forward(current, steps, neuron, membranes=True)
+    _each_neuron(
+        kernels.lif_backward, grad_spikes.contiguous(), membranes, grad_current, like=current, steps=steps, neuron=neuron
+    )
+    return grad_current
+
+
+def _lif_forward(current: Tensor, steps: int, neuron: list[float], membranes: bool) -> Tensor:
+    batch, inputs, neurons = current.shape
+    out = current.new_empty(batch, inputs * steps, neurons)
+    _each_neuron(kernels.lif_forward, current, out, like=current, steps=steps, neuron=neuron, membranes=membranes)
+    return out
+
+
+def _each_neuron(kernel, *tensors: Tensor, like: Tensor, neuron: list[float], **constants) -> None:
+    batch, inputs, neurons = like.shape
+    _launch(
+        kernel,
+        triton.cdiv(batch * neurons, NEURONS_PER_PROGRAM),
+        *tensors,
+        inputs,
+        batch * neurons,
+        neurons=neurons,
+        block=NEURONS_PER_PROGRAM,
+        neuron=_constants(LIFConstants, neuron),
+        **constants,
+    )
 
 
 @_lif.register_fake
@@ -190,8 +208,8 @@ def _write(
         **tile,
         segment=SEGMENT,
         feedback=feedback,
-        neuron=LIFConstants(*neuron),
-        rule=HebbianConstants(*rule),
+        neuron=_constants(LIFConstants, neuron),
+        rule=_constants(HebbianConstants, rule),
         save=save,
         num_warps=1,
         maxnreg=WRITE_REGISTERS,
@@ -242,8 +260,8 @@ def _write_backward(
         segment=SEGMENT,
         unrolled=UNROLLED,
         feedback=feedback,
-        neuron=LIFConstants(*neuron),
-        rule=HebbianConstants(*rule),
+        neuron=_constants(LIFConstants, neuron),
+        rule=_constants(HebbianConstants, rule),
         num_warps=1,
         maxnreg=WRITE_BACKWARD_REGISTERS,
     )
@@ -261,7 +279,7 @@ def _(grad_memory, grad_values, key_spikes, *_):
 
 
 def _groups_that_fill(device: torch.device, batch: int) -> int:
-    """Programs a sample that fill the GPU. More would not make it faster, but need more memory for the gradients of the keys."""
+    """Programs a sample that fill the GPU: more would only need more memory, for the gradients of the keys."""
     if device.type != "cuda":  # the interpreter
         return 2
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -304,7 +322,7 @@ def _read(
         steps,
         **_tile(size, READ_TILE),
         delay=delay,
-        neuron=LIFConstants(*neuron),
+        neuron=_constants(LIFConstants, neuron),
     )
     return outputs
 
@@ -336,7 +354,7 @@ def _read_backward(
         steps,
         **_tile(size, READ_TILE),
         delay=delay,
-        neuron=LIFConstants(*neuron),
+        neuron=_constants(LIFConstants, neuron),
     )
     return grad_drives
 

@@ -7,6 +7,8 @@ Every tensor is contiguous, time before neurons. Constants are compile-time valu
 import triton
 import triton.language as tl
 
+AHEAD = tl.constexpr(8)  # loads in flight: a step of a feed-forward population takes far less than a load
+
 # ------------------------------------------------------------------------------------------------------------ equations
 
 
@@ -65,8 +67,8 @@ def lif_forward(
     current,  # B x inputs x neurons, each held for `steps` steps
     out,  # B x (inputs * steps) x neurons: the membranes for the adjoint if `membranes`, else the spikes
     inputs,
-    steps,
     total,  # B * neurons
+    steps: tl.constexpr,
     neurons: tl.constexpr,
     block: tl.constexpr,
     neuron: tl.constexpr,
@@ -81,13 +83,10 @@ def lif_forward(
     z = tl.zeros((block,), current.dtype.element_ty)
     v = z
     r = tl.zeros((block,), tl.int32)
-    for _ in range(inputs):
-        held = tl.load(current, valid, other=0.0)
-        for _ in range(steps):
-            z, v, r, membrane = lif_step(held, z, v, r, neuron)
-            tl.store(out, membrane if membranes else z, valid)
-            out += neurons
-        current += neurons
+    for t in tl.range(inputs * steps, num_stages=AHEAD):
+        held = tl.load(current + t // steps * neurons, valid, other=0.0)
+        z, v, r, membrane = lif_step(held, z, v, r, neuron)
+        tl.store(out + t * neurons, membrane if membranes else z, valid)
 
 
 @triton.jit
@@ -96,8 +95,8 @@ def lif_backward(
     membranes,  # of lif_forward
     grad_current,  # B x inputs x neurons
     inputs,
-    steps,
     total,
+    steps: tl.constexpr,
     neurons: tl.constexpr,
     block: tl.constexpr,
     neuron: tl.constexpr,
@@ -105,22 +104,19 @@ def lif_backward(
     n = tl.program_id(0) * block + tl.arange(0, block)
     valid = n < total
     sample = (n // neurons).to(tl.int64)
-    last = (sample + 1) * inputs * steps * neurons - neurons + n % neurons
-    grad_spikes += last
-    membranes += last
-    grad_current += (sample + 1) * inputs * neurons - neurons + n % neurons
+    grad_spikes += sample * inputs * steps * neurons + n % neurons
+    membranes += sample * inputs * steps * neurons + n % neurons
+    grad_current += sample * inputs * neurons + n % neurons
 
     grad_v = tl.zeros((block,), grad_spikes.dtype.element_ty)
-    for _ in range(inputs):
-        summed = tl.zeros((block,), grad_spikes.dtype.element_ty)
-        for _ in range(steps):
-            grad_z = tl.load(grad_spikes, valid, other=0.0)
-            grad_v = lif_adjoint(grad_z, tl.load(membranes, valid, other=0.0), grad_v, neuron)
-            summed += grad_v
-            grad_spikes -= neurons
-            membranes -= neurons
-        tl.store(grad_current, (1 - neuron.alpha) * summed, valid)
-        grad_current -= neurons
+    summed = grad_v
+    for t in tl.range(inputs * steps - 1, -1, -1, num_stages=AHEAD):
+        grad_z = tl.load(grad_spikes + t * neurons, valid, other=0.0)
+        grad_v = lif_adjoint(grad_z, tl.load(membranes + t * neurons, valid, other=0.0), grad_v, neuron)
+        summed += grad_v
+        if t % steps == 0:
+            tl.store(grad_current + t // steps * neurons, (1 - neuron.alpha) * summed, valid)
+            summed = tl.zeros((block,), grad_v.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -239,7 +235,7 @@ def write_backward(
                 limit = tl.where(start + n < steps, size, 0)
                 nu = tl.load(value_traces + now + i, i < limit, other=0.0)
                 kappa = tl.load(key_traces + now + j, j < limit, other=0.0)
-                before, nus, kappas = before + (w,), nus + (nu,), kappas + (kappa,)
+                before, nus, kappas = before + (w,), nus + (nu,), kappas + (kappa,)  # noqa: RUF005 (Triton cannot unpack)
                 w = hebbian_step(w, nu, kappa, rule)
 
             for n in tl.static_range(unrolled - 1, -1, -1):

@@ -1,0 +1,276 @@
+"""The Triton backend agrees with the reference.
+
+On a GPU the kernels run there. Without one, `test_on_the_interpreter` runs the same tests in Triton's interpreter (in a process
+of its own, as Triton decides when it is imported), and another test compiles the kernels for an H100.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from torch.nn.functional import linear
+
+pytest.importorskip("triton", reason="Triton is not installed; it is optional, for GPUs")
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from models.kernels import BackendError, Dynamics, reference, resolve_backend
+from models.kernels import triton as fused
+from models.neurons import LIFConstants
+from models.plasticity import HebbianConstants
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU: test_on_the_interpreter runs it")
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+
+@compiles
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_the_interpreter(which):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, __file__]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- against the reference
+
+
+@pytest.fixture
+def poison():
+    """Fills uninitialized memory with NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills by default
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles a program and several programs a sample, at sizes that the interpreter can bear."""
+    monkeypatch.setattr(fused, "WRITE_TILE", 128)
+    monkeypatch.setattr(fused, "WRITE_BACKWARD_TILE", 64)
+    monkeypatch.setattr(fused, "READ_TILE", 64)
+
+
+def inputs(batch, length, embedding, memory):
+    """Currents and weights, double precision, that make every population fire."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(low, high, *shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    currents = [uniform(0, 1, *shape) for shape in ((batch, length, embedding), (batch, length, embedding), (batch, embedding))]
+    weights = uniform(-0.15, 0.3, 2 * memory, 2 * embedding), uniform(-0.15, 0.3, memory, embedding + memory)
+    return [x.to(DEVICE).requires_grad_() for x in (*currents, *weights)]
+
+
+def outcome(backend, tensors, dynamics):
+    """What store_and_recall returns, and the gradients of a weighted sum of it."""
+    recalled = backend.store_and_recall(*tensors, dynamics, record=True)
+    differentiable = [recalled.readout, *recalled.spike_counts.values()]
+    weights = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x) for x in differentiable]
+    objective = sum((x * w).sum() for x, w in zip(differentiable, weights, strict=True))
+    return recalled, torch.autograd.grad(objective, tensors)
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10 * max(1, theirs.abs().max().item()))
+
+
+QUICK = dict(tau_mem=5.0), dict(tau_trace=4.0)  # so that a few steps suffice for all populations to fire
+
+
+def quick(lif=None, hebbian=None, **others):
+    neuron, rule = QUICK
+    return Dynamics(lif=LIFConstants(**neuron | (lif or {})), hebbian=HebbianConstants(**rule | (hebbian or {})), **others)
+
+
+CASES = {
+    "odd sizes": quick(num_time_steps=9),
+    "hard reset": quick(num_time_steps=9, lif=dict(perfect_reset=True)),
+    "no refractory steps": quick(num_time_steps=9, lif=dict(refractory_time_steps=0)),
+    "other constants": quick(
+        num_time_steps=9,
+        lif=dict(thr=0.2, refractory_time_steps=1, dampening_factor=0.5),
+        hebbian=dict(w_max=2.0, gamma_pos=0.4, gamma_neg=0.1),
+        memory_feedback=0.7,
+        readout_steps=3,
+    ),
+    "feedback after 3 steps": quick(num_time_steps=9, readout_delay=3),
+    "feedback later than the last step": quick(num_time_steps=7, readout_delay=8),
+}
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference(name, small_tiles, poison):
+    dynamics = CASES[name]
+    tensors = inputs(batch=2 if name == "odd sizes" else 1, length=2, embedding=10, memory=9)
+    recalled, gradients = outcome(fused, tensors, dynamics)
+    expected, expected_gradients = outcome(reference, tensors, dynamics)
+    for population, spikes in expected.activity.items():
+        assert spikes.any(), f"{population} is silent: nothing is tested"
+        assert_close(recalled.activity[population], spikes)
+        if population != "memory":
+            assert torch.equal(recalled.activity[population], spikes)
+            assert torch.equal(recalled.spike_counts[population], expected.spike_counts[population])
+    assert torch.equal(recalled.readout, expected.readout)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert theirs.any()
+        assert_close(ours, theirs)
+
+
+@runs_kernels
+def test_a_single_neuron(poison):
+    """Triton makes compile-time constants of integers that are 1."""
+    dynamics = quick(num_time_steps=9, hebbian=dict(gamma_pos=3.0))
+    tensors = inputs(batch=1, length=1, embedding=1, memory=1)
+    with torch.no_grad():
+        for weight in tensors[3:]:
+            weight.fill_(0.7)
+    recalled, gradients = outcome(fused, tensors, dynamics)
+    expected, expected_gradients = outcome(reference, tensors, dynamics)
+    assert expected.readout.any()
+    assert torch.equal(recalled.readout, expected.readout)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert_close(ours, theirs)
+
+
+@runs_kernels
+def test_without_gradients_the_same_and_nothing_kept(small_tiles, poison):
+    dynamics = Dynamics(num_time_steps=5)
+    tensors = inputs(batch=1, length=1, embedding=4, memory=3)
+    kept = fused.store_and_recall(*tensors, dynamics, record=True)
+    with torch.no_grad():
+        evaluated = fused.store_and_recall(*tensors, dynamics, record=True)
+    for population, spikes in kept.activity.items():
+        assert torch.equal(evaluated.activity[population], spikes)
+    *_, traces, membranes, checkpoints = fused._write(*fused_write_arguments(save=False))
+    assert traces.numel() == membranes.numel() == checkpoints.numel() == 0
+
+
+@runs_kernels
+def test_two_runs_give_identical_bits(small_tiles):
+    dynamics = quick(num_time_steps=3)
+    tensors = inputs(batch=2, length=1, embedding=4, memory=9)
+    for first, second in zip(outcome(fused, tensors, dynamics)[1], outcome(fused, tensors, dynamics)[1], strict=True):
+        assert torch.equal(first, second)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", golden.FLOAT64)
+@(pytest.mark.slow if INTERPRETED else lambda test: test)
+def test_float64_agrees_with_the_published_program(name):
+    if INTERPRETED and name == "full_size_float64":
+        pytest.skip("takes an hour in the interpreter")
+    golden.check(golden.load(name), "triton", DEVICE)
+
+
+# --------------------------------------------------------------------------------------------------- torch.library, choice
+
+
+def fused_write_arguments(save):
+    tensors = [torch.rand(1, 2, 2, device=DEVICE, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    return *tensors, 0.2, astuple(LIFConstants()), astuple(HebbianConstants()), save
+
+
+@runs_kernels
+def test_operations_are_registered_as_torch_library_wants():
+    neuron = list(astuple(LIFConstants()))
+
+    def tensor(*shape):
+        return (4 * torch.rand(shape, device=DEVICE, dtype=torch.float64)).requires_grad_()
+
+    torch.library.opcheck(fused._lif, (tensor(1, 1, 2), 2, neuron))
+    torch.library.opcheck(fused._write, fused_write_arguments(save=True))
+    torch.library.opcheck(fused._read, (tensor(1, 2, 2), tensor(1, 2, 2), tensor(2, 2), 1, neuron))
+
+
+@runs_kernels
+def test_strided_inputs():
+    """Gradients of sums are expanded, a transposed memory is not contiguous: kernels count on contiguous tensors."""
+    current, weight = (
+        torch.rand(2, 3, 4, device=DEVICE, dtype=torch.float64),
+        torch.rand(4, 4, device=DEVICE, dtype=torch.float64),
+    )
+    strided = (4 * current).transpose(0, 2).requires_grad_()
+    ours = fused.lif(strided, 3, LIFConstants())
+    theirs = reference.lif(strided, 3, LIFConstants())
+    assert torch.equal(ours, theirs)
+    (expected,) = torch.autograd.grad(theirs.sum(), strided)
+    assert_close(torch.autograd.grad(ours.sum(), strided)[0], expected)
+    query, memory = linear(4 * current, weight), torch.rand(4, 4, 2, device=DEVICE, dtype=torch.float64).transpose(0, 2)
+    for ours, theirs in zip(
+        fused.hebbian_read(query, memory, weight.t(), Dynamics()),
+        reference.hebbian_read(query, memory, weight.t(), Dynamics()),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@compiles
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_auto_takes_another_backend_and_says_why(monkeypatch):
+    resolve_backend.cache_clear()
+    chosen, why_not = resolve_backend("auto", "cpu")
+    assert chosen != "triton" and "NVIDIA" in why_not["triton"]
+    with pytest.raises(BackendError, match="no CUDA device"):
+        resolve_backend("triton", "cuda")
+    monkeypatch.setattr(fused, "kernels", None)
+    monkeypatch.setattr(fused, "IMPORT_ERROR", "No module named 'triton'", raising=False)
+    assert "pip install triton" in fused.unavailable("cuda")
+
+
+# ------------------------------------------------------------------------------------------------ compiled without a GPU
+
+
+class H100:
+    """Stands in for Triton's driver where there is no GPU, so that kernels are compiled as they would be for a launch."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "batch, length, embedding, memory, steps", [(512, 10, 80, 100, 100), (1, 1, 1, 1, 1), (3, 2, 5, 300, 40)]
+)
+def test_compiles_for_an_h100(batch, length, embedding, memory, steps, dtype, monkeypatch, tmp_path):
+    """The interpreter is more lenient than the compiler: types of loop variables, float literals, compile-time conditions."""
+    compiled = {}
+
+    def launch(kernel, programs, *args, **constants):
+        done = kernel.warmup(*args, grid=(programs,), **constants, enable_fp_fusion=True)
+        assert "cubin" in done.asm
+        compiled[kernel.__name__] = done
+
+    # The batch is one of shapes only: nothing is computed here, and one sample's tensors take less memory.
+    monkeypatch.setattr(fused, "_launch", launch)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", H100())
+    shapes = (length, embedding), (length, embedding), (embedding,)
+    currents = [torch.zeros(batch, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    weights = torch.zeros(2 * memory, 2 * embedding, dtype=dtype), torch.zeros(memory, embedding + memory, dtype=dtype)
+    recalled = fused.store_and_recall(*currents, *weights, Dynamics(num_time_steps=steps))
+    (recalled.readout.sum() + sum(count.sum() for count in recalled.spike_counts.values())).backward()
+    assert set(compiled) == {
+        "lif_forward", "lif_backward", "write_forward", "write_backward", "read_forward", "read_backward"
+    }  # fmt: skip
+    for name, kernel in compiled.items():
+        assert kernel.metadata.shared < 64 * 1024, f"{name} takes {kernel.metadata.shared} bytes of shared memory"
