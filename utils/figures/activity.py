@@ -111,10 +111,11 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     """On one time axis: inputs, and the spikes of every population over its rate; rates of the neurons; readout and logits."""
     left, width, raster, strip, pitch = 15.0, 134.0, 17.0, 5.0, 30.0
     phases = _phases(trial, zoom, left, width)
+    populations = _taking_part(trial, phases)
     levels = _label_levels(trial, phases)
     inputs_top = 5.0 + 2.6 * levels
     rasters_top = inputs_top + 12.0 + 6.5
-    bottom = rasters_top + pitch * len(trial.populations) + 10.0
+    bottom = rasters_top + pitch * len(populations) + 10.0
     figure = new_figure(TWO_COLUMNS, bottom + 32.0)
     letters = iter("abcdefghij")
 
@@ -124,8 +125,8 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     bar.set_label("Input value")
     bar.outline.set_linewidth(0.5)
 
-    for row, population in enumerate(trial.populations):
-        top, last = rasters_top + pitch * row, row == len(trial.populations) - 1
+    for row, population in enumerate(populations):
+        top, last = rasters_top + pitch * row, row == len(populations) - 1
         add_heading(figure, 2, top - 1.2, next(letters), population.title, left - 2)
         neurons = zoom.indices(population.store.spikes.shape[1])
         rasters = _phase_axes(figure, phases, trial, top, raster)
@@ -272,7 +273,7 @@ def memory(trial: Trial, zoom: Zoom = ALL, most: int = 10) -> Figure:
     chosen = np.unique(np.linspace(0, pairs - 1, min(most, pairs)).round().astype(int))
     side, left, right, gap = 60.0, 15.0, TWO_COLUMNS - 3, 1.5
     small = min((right - left + gap) / len(chosen) - gap, 26.0)
-    figure = new_figure(TWO_COLUMNS, side + small + 28)
+    figure = new_figure(TWO_COLUMNS, side + small + 29)
     edges = (neurons[0] - 0.5, neurons[-1] + 0.5)
     look = {"vmin": min(0.0, memories.min()), "vmax": memories.max() or 1.0, "origin": "lower", "extent": edges * 2}
 
@@ -287,7 +288,7 @@ def memory(trial: Trial, zoom: Zoom = ALL, most: int = 10) -> Figure:
     bar.set_label("Weight (dimensionless)")
     bar.outline.set_linewidth(0.5)
 
-    add_heading(figure, left + side + 24, 4, "b", "Its weights", 12)
+    add_heading(figure, left + side + 24, 4, "b", "Distribution of its weights", 12)
     _draw_weights(add_axes(figure, left + side + 36, 6, right - left - side - 36, side), memories[-1])
 
     top = side + 26
@@ -322,19 +323,18 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
     """Membrane potentials of `count` neurons of each population, from its most to its least active one."""
     left, height, gap, title = 22.0, 9.0, 2.2, 5.5
     phases = _phases(trial, zoom, left, TWO_COLUMNS - left - 4)
-    pitch = title + count * (height + gap)
-    figure = new_figure(TWO_COLUMNS, 4 + pitch * len(trial.populations) + 7)
+    chosen = [(population, representative(population, zoom, count)) for population in _taking_part(trial, phases)]
+    bottom = 4 + sum(title + len(neurons) * (height + gap) for _, neurons in chosen)
+    figure = new_figure(TWO_COLUMNS, bottom + 7)
     for phase in phases:
         _head(figure, phase)
-    for row, population in enumerate(trial.populations):
-        top = 4 + pitch * row
-        add_heading(figure, 2, top + 3, "abcdefgh"[row], population.title, left - 2)
-        _side_label(figure, left, top + title + (count * (height + gap) - gap) / 2, "Membrane potential (θ)", distance=18)
-        neurons = representative(population, zoom, count)
+    y = 4.0
+    for (population, neurons), letter in zip(chosen, "abcdefgh", strict=False):
+        add_heading(figure, 2, y + 3, letter, population.title, left - 2)
+        y += title
+        _side_label(figure, left, y + (len(neurons) * (height + gap) - gap) / 2, "Membrane (θ)", distance=18)
         for place, neuron in enumerate(neurons):
-            y = top + title + place * (height + gap)
-            lowest = row == len(trial.populations) - 1 and place == len(neurons) - 1
-            axes = _phase_axes(figure, phases, trial, y, height, time_labels=lowest)
+            axes = _phase_axes(figure, phases, trial, y, height, time_labels=y + height + gap > bottom - 0.1)
             for phase, ax in zip(phases, axes, strict=True):
                 activity = getattr(population, phase.name)
                 if activity is None:
@@ -343,9 +343,11 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
                     _draw_membrane(ax, activity, neuron, phase, trial.threshold)
             _share_scale(axes)
             axes[0].yaxis.set_major_locator(MaxNLocator(3))
-            add_text(figure, left - 8, y + height / 2, f"neuron\n{neuron}", ha="right", va="center", size=6)
-    words = "θ: threshold (dashed). Ticks above: spikes."
-    add_text(figure, TWO_COLUMNS - 4, 4 + pitch * len(trial.populations) + 4.5, words, ha="right", size=6, color=GREY)
+            add_text(figure, left - 9, y + height / 2, f"neuron\n{neuron}", ha="right", va="center", size=6)
+            y += height + gap
+    add_text(
+        figure, TWO_COLUMNS - 4, bottom + 4.5, "θ: threshold (dashed). Ticks above: spikes.", ha="right", size=6, color=GREY
+    )
     return figure
 
 
@@ -415,6 +417,12 @@ def _phases(trial: Trial, zoom: Zoom, left: float, width: float) -> list[_Phase]
     ]
 
 
+def _taking_part(trial: Trial, phases: list[_Phase]) -> list[Population]:
+    """The populations that are active in a visible phase."""
+    names = [phase.name for phase in phases]
+    return [population for population in trial.populations if any(getattr(population, name) for name in names)]
+
+
 def _phase_axes(
     figure: Figure, phases: list[_Phase], trial: Trial, top: float, height: float, time_labels: bool = False
 ) -> list[Axes]:
@@ -425,7 +433,9 @@ def _phase_axes(
         axes.append(ax)
         ax.set_facecolor(phase.tint)
         ax.set_xlim(phase.low, phase.high)
-        ax.xaxis.set_major_locator(MaxNLocator(max(1, int(phase.width / 14)), integer=True))
+        ticks = MaxNLocator(max(1, int(phase.width / 12)), integer=True, steps=[1, 2, 5, 10]).tick_values(phase.low, phase.high)
+        last = phase.high if phase is phases[-1] else phase.high - 6 / phase.mm_per_ms  # its number would meet the next phase's
+        ax.set_xticks([tick for tick in ticks if phase.low <= tick <= last])
         if phase.name == "store":
             for n, label in enumerate(trial.labels):
                 ax.axvline(n * trial.num_time_steps, color="white", lw=0.4, zorder=0.2)
