@@ -15,7 +15,10 @@ import csv
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -26,6 +29,7 @@ if str(ROOT) not in sys.path:
 
 import data  # noqa: E402
 import models  # noqa: E402
+from utils.figures.style import GREY, SERIES, TWO_COLUMNS, add_axes, add_heading, new_figure, save, styled  # noqa: E402
 from utils.options import CURRICULUM, TASK_GROUPS, Options, Parser  # noqa: E402
 
 READING = ("read_key", "read_value")
@@ -39,7 +43,7 @@ def main() -> int:
     args, others = arguments.parse_known_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.draw:
-        draw(args.draw, args.output)
+        save(draw(args.draw), args.output)
         return 0
     options = Parser(arguments.description, TASK_GROUPS).parse(["--epochs", "2", "--seed", "1", *others])
     rows = list(follow(options))
@@ -104,8 +108,53 @@ def names(model: models.MemorizingAssociations) -> list[str]:
     return [name.split("_")[0] for name, _ in model.named_parameters()]
 
 
-def draw(tables: list[Path], path: Path) -> None:
-    raise NotImplementedError
+PANELS = (
+    ("Loss", "Cross entropy (nats)", "loss"),
+    ("Loss by gain of the readout", "Derivative (nats)", "gain"),
+    ("Keys, storing", "Mean rate (Hz)", "rate/write_key"),
+    ("Keys, recall", "Mean rate (Hz)", "rate/read_key"),
+    ("Values, recall", "Mean rate (Hz)", "rate/read_value"),
+)
+
+
+@styled
+def draw(tables: list[Path]) -> Figure:
+    """The first steps of some trainings, a line each; and for the first, which weights take the reading values their spikes."""
+    trainings = {path.stem: read(path) for path in tables}
+    figure = new_figure(TWO_COLUMNS, 98)
+    for panel, (title, unit, column) in enumerate(PANELS):
+        ax = _panel(figure, panel, title, unit)
+        for colour, (name, columns) in zip(SERIES, trainings.items(), strict=False):
+            ax.plot(columns["step"], columns[column], color=colour, label=name)
+        if column.startswith("rate"):
+            ax.set_yscale("symlog", linthresh=0.1, linscale=0.3)
+            ax.set_ylim(0)
+        else:
+            ax.axhline(0, color=GREY, lw=0.5)
+        if panel == 0:
+            ax.legend(loc="upper right")
+    name, columns = next(iter(trainings.items()))
+    ax = _panel(figure, 5, f"Values, recall: {name}", "Change of rate by step (Hz)")
+    for colour, matrix in zip(SERIES, (column for column in columns if column.startswith("pull/")), strict=False):
+        ax.plot(columns["step"], columns[matrix], ".-", ms=2, color=colour, label=f"by {matrix.removeprefix('pull/')} weights")
+    ax.set_xlim(-0.5, 12)
+    ax.axhline(0, color=GREY, lw=0.5)
+    ax.legend(loc="lower right")
+    return figure
+
+
+def _panel(figure: Figure, number: int, title: str, unit: str) -> Axes:
+    x, y = 14 + 60.5 * (number % 3), 8 + 49 * (number // 3)
+    add_heading(figure, x - 12, y - 3, "abcdef"[number], title, 12)
+    ax = add_axes(figure, x, y, 45, 32)
+    ax.set(xlabel="Training step", ylabel=unit)
+    return ax
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
 
 if __name__ == "__main__":

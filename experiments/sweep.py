@@ -19,7 +19,6 @@ accuracy_by_length.csv (accuracy on the published test set of the checkpoint of 
 """
 
 import argparse
-import fcntl
 import itertools
 import os
 import signal
@@ -271,16 +270,11 @@ class Sweep:
         say(f"{job.name}: {'test' if to_test else 'train'}{f' on GPU {slot.gpu}' if slot.gpu else ''}")
 
     def _start(self, job: Job, slot: Slot, command: list[str]) -> subprocess.Popen:
-        """A child that holds a lock on its log while it lives: no second sweep, also after a killed one, trains the run."""
         job.folder.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         if slot.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
         with open(job.folder / "log.txt", "a") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as busy:
-                raise OSError(busy.errno, "another sweep is at it") from busy
             with open(job.folder / "command.txt", "a") as record:
                 record.write(f"{self.commit}: {shown(command)}\n")
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
