@@ -457,7 +457,8 @@ def _run_children(job: Job, members: Members, options: Options, args: tuple) -> 
             signal(number, handler)
     failed = [ending for ending in endings if ending.failed]
     if not failed:
-        return max(ending.status for ending in endings)
+        status = max(ending.status for ending in endings)
+        return interruption.status if status and interruption.signal else status
     first = next((ending for ending in failed if ending.cause), failed[0])
     message = members.settle(first.cause, [ending.suspect for ending in failed if ending.suspect])
     _tell(first.details, message)

@@ -1,0 +1,54 @@
+"""The task script in float64, with short epochs and a process that fails on demand: the tests of distributed training run it.
+
+Processes that it starts read this file again, and so are changed in the same way. By the environment:
+
+    SMALL_TASK_FAIL   rank:batch:what - in its n-th training batch, that process is lost, or stopped, or raises an error
+    SMALL_TASK_TRACE  a folder; each process writes there how many threads it has and which samples it trains on
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import data
+import memorizing_associations_task as task
+from utils import distributed
+from utils.errors import UserError
+
+torch.set_default_dtype(torch.float64)
+data.TRAINING_SAMPLES = 250
+
+single_precision, train_step = data._samples, task.train_step
+batches = 0
+
+
+def double_precision(*arrays):
+    samples = single_precision(*arrays)
+    return data.Samples(samples.features.double(), samples.labels, samples.query.double(), samples.answer)
+
+
+def failing_step(network, optimizer, batch, *args):
+    global batches
+    batches += 1
+    rank, number, what = os.environ.get("SMALL_TASK_FAIL", "-1:0:").split(":")
+    if (distributed.rank(), batches) == (int(rank), int(number)):
+        if what == "user":
+            raise UserError("the disk is full")
+        if what == "bug":
+            raise ZeroDivisionError("a bug")
+        os.kill(os.getpid(), signal.Signals[what])
+    if folder := os.environ.get("SMALL_TASK_TRACE"):
+        with open(Path(folder) / f"rank{distributed.rank()}", "a") as file:
+            print(torch.get_num_threads(), *batch.query[:, 0].tolist(), file=file)
+    train_step(network, optimizer, batch, *args)
+
+
+data._samples, task.train_step = double_precision, failing_step
+
+if __name__ == "__main__":
+    sys.exit(task.main())

@@ -1,0 +1,406 @@
+"""Distributed training: the same training as one process, one voice, and an end in good order when something fails.
+
+Real processes over gloo on loopback run `small_task.py`, in float64.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+import memorizing_associations_task as task
+from utils import checkpoints, launch
+from utils.errors import UserError
+from utils.options import TASK_GROUPS, Parser
+
+SMALL_TASK = Path(__file__).with_name("small_task.py")
+# 250 samples in batches of 62: 2 are left for the last, fewer than there are processes. All populations emit spikes.
+NETWORK = (
+    "--sequence_length 2 --num_classes 3 --feature_size 5 --num_time_steps 30 --embedding_size 20 --memory_size 20 --w_max 4 "
+    "--gamma_pos 2 --seed 1 --batch_size 62 --workers 0"
+).split()
+GLOO = ["--dist_backend", "gloo", "--dist_timeout", "60"]
+PATIENCE = 120  # seconds for processes to start on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Started:
+    """A program with all the processes that it starts."""
+
+    def __init__(self, *words, prefix=(), **environment):
+        self.mark = f"TEST_MARK={uuid.uuid4()}"
+        name, value = self.mark.split("=")
+        environment = os.environ | {"OMP_NUM_THREADS": "2", name: value} | environment
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, SMALL_TASK, *words] if "torchrun" not in prefix else [*prefix, SMALL_TASK, *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
+        """Its exit status, stdout and stderr. No process may be left behind."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+        deadline = time.monotonic() + 5
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, f"left behind: {left}"
+        return self.process.returncode, out, err
+
+    def processes(self) -> list[str]:
+        return [folder.name for folder in Path("/proc").glob("[0-9]*") if self._belongs(folder)]
+
+    def _belongs(self, folder: Path) -> bool:
+        try:
+            return self.mark in (folder / "environ").read_text(errors="replace")
+        except OSError:
+            return False
+
+
+def run(*words, **options) -> tuple[int, str, str]:
+    return Started(*words, **options).end()
+
+
+def distributed(processes: int) -> list[str]:
+    return [*GLOO, "--processes_per_node", str(processes), "--dist_url", f"tcp://127.0.0.1:{free_port()}"]
+
+
+def assert_same_training(folder: Path, other: Path) -> None:
+    """Weights and Adam's state to 1e-9, counts of samples exactly."""
+    a, b = (checkpoints.load(path / checkpoints.LAST) for path in (folder, other))
+    for name, weight in a["state_dict"].items():
+        torch.testing.assert_close(weight, b["state_dict"][name], rtol=0, atol=1e-9)
+    for number, state in a["optimizer"]["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(value, b["optimizer"]["state"][number][name], rtol=1e-9, atol=1e-9)
+    assert len(a["history"]) == len(b["history"]) > 0
+    for line, other_line in zip(a["history"], b["history"], strict=True):
+        for name in ("train_accuracy", "validation_accuracy", "learning_rate"):
+            assert line[name] == other_line[name]
+        rates, other_rates = line.pop("rates"), other_line.pop("rates")
+        assert line == pytest.approx(other_line, rel=1e-9)
+        assert rates == pytest.approx(other_rates, rel=1e-9)
+        assert min(rates.values()) > 0
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    """Two epochs by one process."""
+    folder, trace = tmp_path_factory.mktemp("single"), tmp_path_factory.mktemp("trace")
+    status, out, err = run(*NETWORK, "--epochs", "2", "--output_dir", folder, OMP_NUM_THREADS="1", SMALL_TASK_TRACE=str(trace))
+    assert status == 0, err
+    (folder / "out").write_text(out)
+    (folder / "trace").write_text((trace / "rank0").read_text())
+    return folder
+
+
+def check_same_as_single(single: Path, folder: Path, out: str, trace: Path, processes: int) -> None:
+    assert_same_training(single, folder)
+    steps = [path.read_text().splitlines() for path in sorted(trace.iterdir())]
+    assert len(steps) == processes
+    assert {step.split()[0] for rank in steps for step in rank} == {"1"}, "threads are divided among the processes"
+    seen = [[x for part in parts for x in part.split()[1:]] for parts in zip(*steps, strict=True)]
+    assert seen == [step.split()[1:] for step in (single / "trace").read_text().splitlines()]
+    files = {path.name for path in single.iterdir()} - {"out", "trace"}
+    assert {path.name for path in folder.iterdir()} == files, "one process writes"
+    told, single_told = (
+        re.sub(r"  [\d,]+ samples/s.*|/\S*/model_best", "", text) for text in (out, (single / "out").read_text())
+    )
+    assert told == single_told, "one process prints"
+
+
+def test_three_processes_train_as_one_does(single, tmp_path):
+    (trace := tmp_path / "trace").mkdir()
+    status, out, err = run(
+        *NETWORK,
+        *("--epochs", "2", "--output_dir", tmp_path / "run", *distributed(3)),
+        OMP_NUM_THREADS="3",
+        SMALL_TASK_TRACE=str(trace),
+    )
+    assert status == 0, err
+    check_same_as_single(single, tmp_path / "run", out, trace, 3)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process_does(single, tmp_path):
+    (trace := tmp_path / "trace").mkdir()
+    status, out, err = run(
+        *(*NETWORK, "--epochs", "2", "--output_dir", tmp_path / "run", *GLOO),
+        prefix=("torchrun", "--standalone", "--nproc_per_node", "2"),
+        OMP_NUM_THREADS="1",
+        SMALL_TASK_TRACE=str(trace),
+    )
+    assert status == 0, err
+    for path in trace.iterdir():  # torchrun's 1 is not a choice: the cores are divided
+        threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+        path.write_text("".join(f"1{line.removeprefix(threads)}\n" for line in path.read_text().splitlines()))
+    check_same_as_single(single, tmp_path / "run", out, trace, 2)
+
+
+def test_a_run_interrupted_on_two_processes_goes_on_with_one(single, tmp_path):
+    where = ("--epochs", "2", "--output_dir", tmp_path)
+    status, out, err = run(*NETWORK, *where, *distributed(2), SMALL_TASK_FAIL="1:7:SIGTERM")
+    assert status == 128 + signal.SIGTERM, err
+    assert out.count("interrupted in epoch 2 after 124 of 250 samples") == 1
+    status, _, err = run(*NETWORK, *where, "--resume", "auto")
+    assert status == 0, err
+    assert_same_training(single, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_interrupted_on_one_process_goes_on_with_three(single, tmp_path):
+    where = ("--epochs", "2", "--output_dir", tmp_path)
+    assert run(*NETWORK, *where, SMALL_TASK_FAIL="0:7:SIGTERM")[0] == 128 + signal.SIGTERM
+    status, _, err = run(*NETWORK, *where, "--resume", "auto", *distributed(3))
+    assert status == 0, err
+    assert_same_training(single, tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_share_one_drawn_seed(tmp_path):
+    words = [word for word in NETWORK if word not in ("--seed", "1")]
+    status, out, err = run(*words, "--seed", "none", "--epochs", "1", "--output_dir", tmp_path, *distributed(2))
+    assert status == 0, err
+    (seed,) = re.findall(r"^seed (\d+)$", out, re.M)
+    assert checkpoints.load(tmp_path / checkpoints.LAST)["params"]["seed"] == int(seed)
+
+
+@pytest.mark.slow
+def test_evaluation_by_two_processes_gives_the_accuracy_of_one(single):
+    words = (*NETWORK, "--evaluate", "--resume", single / checkpoints.BEST)
+    assert run(*words)[1] == run(*words, *distributed(2))[1]
+
+
+# Failures of a process
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        pytest.param("1:7:SIGKILL", r"rank 1 \(process \d+ on \S+\) was killed by SIGKILL", id="killed"),
+        pytest.param(
+            "0:7:SIGKILL", r"rank 0 \(process \d+ on \S+\) was killed by SIGKILL", marks=pytest.mark.slow, id="main killed"
+        ),
+        pytest.param("1:7:SIGSTOP", "no answer from rank 1", marks=pytest.mark.slow, id="stopped"),
+        pytest.param("1:7:bug", "rank 1 failed: ZeroDivisionError: a bug", marks=pytest.mark.slow, id="bug"),
+    ],
+)
+def test_a_process_that_dies_ends_all_and_the_last_checkpoint_goes_on(tmp_path, failure, message):
+    words = (*NETWORK, "--output_dir", tmp_path, "--epochs", "2")
+    status, _, err = run(*words, *distributed(2), "--dist_timeout", "5", SMALL_TASK_FAIL=failure)
+    remedy = re.escape(f"; the same command with --output_dir {tmp_path} --resume auto goes on from the last checkpoint")
+    assert status == 1
+    assert re.fullmatch(f"error: {message}{remedy}", err.splitlines()[-1])
+    assert err.count("Traceback") == ("bug" in failure) and len(err.splitlines()) < (20 if "bug" in failure else 2)
+    assert checkpoints.load(tmp_path / checkpoints.LAST)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_a_failure_told_in_one_line_ends_all(tmp_path):
+    status, _, err = run(*NETWORK, "--output_dir", tmp_path, "--epochs", "2", *distributed(2), SMALL_TASK_FAIL="0:3:user")
+    assert (status, err) == (1, "error: rank 0: the disk is full\n")
+
+
+def wait_for_training(trace: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not list(trace.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [
+        pytest.param(signal.SIGINT, True, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow, id="SIGTERM to all"),
+        pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow, id="SIGUSR1 to all"),
+    ],
+)
+def test_a_signal_reaches_all_and_saves_once(tmp_path, number, to_all):
+    (trace := tmp_path / "trace").mkdir()
+    words = (*NETWORK, "--output_dir", tmp_path / "run", "--epochs", "1000", *distributed(2))
+    started = Started(*words, SMALL_TASK_TRACE=str(trace))
+    wait_for_training(trace)
+    (os.killpg if to_all else os.kill)(started.process.pid, number)
+    status, out, err = started.end()
+    assert (status, err) == (128 + number, "")
+    assert out.count("interrupted") == 1
+    assert checkpoints.load(tmp_path / "run" / checkpoints.LAST)["epoch"] < 1000
+
+
+@pytest.mark.slow
+def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
+    (trace := tmp_path / "trace").mkdir()
+    words = (*NETWORK, "--output_dir", tmp_path / "run", "--epochs", "1000", *distributed(2))
+    started = Started(*words, SMALL_TASK_TRACE=str(trace))
+    wait_for_training(trace)
+    started.process.kill()
+    assert started.end()[0] == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_torchrun_passes_a_signal_on(tmp_path):
+    (trace := tmp_path / "trace").mkdir()
+    words = (*NETWORK, "--output_dir", tmp_path / "run", "--epochs", "1000", *GLOO)
+    started = Started(*words, prefix=("torchrun", "--standalone", "--nproc_per_node", "2"), SMALL_TASK_TRACE=str(trace))
+    wait_for_training(trace)
+    started.process.terminate()
+    status, out, _ = started.end()
+    assert status != 0 and out.count("interrupted") == 1
+
+
+# Nodes that do not find together
+
+
+def place(*words):
+    return launch.find_place(Parser("", TASK_GROUPS).parse(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--world_size 2", "--rank -1: must be the number of this node, 0 to 1 with --world_size 2"),
+        ("--world_size 2 --rank 2", "--rank 2: must be the number of this node, 0 to 1 with --world_size 2"),
+        ("--rank 1", "--rank 1: there is one node; give their number with --world_size"),
+        ("--world_size 0 --multiprocessing_distributed", "--world_size 0: must be the number of nodes, at least 1"),
+        ("--world_size 2 --rank 0 --dist_url 127.0.0.1:1", "--dist_url 127.0.0.1:1: must be tcp://HOST:PORT"),
+        ("--world_size 2 --rank 0 --dist_url tcp://host:99999", "--dist_url tcp://host:99999: must be tcp://HOST:PORT"),
+        ("--dist_url env://", "--dist_url env:// reads MASTER_ADDR, MASTER_PORT, WORLD_SIZE (nodes) and RANK"),
+        ("--processes_per_node 2 --gpu 0", "--gpu and --device cuda:N name one GPU, but there are 2 processes"),
+    ],
+)
+def test_a_place_that_cannot_be_is_a_usage_error(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        task.main(words.split())
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_nodes_are_counted_as_published(monkeypatch):
+    assert place() is None
+    one = place("--multiprocessing-distributed", "--processes_per_node", "3")
+    assert (one.nodes, one.world_size, one.spawns) == (1, 3, True)
+    two = place("--processes_per_node", "3", "--world-size", "2", "--rank", "1", "--dist-url", "tcp://[::1]:29")
+    assert (two.nodes, two.world_size, two.member, two.host, two.port) == (2, 6, 1, "::1", 29)
+    for name, value in {"MASTER_ADDR": "host", "MASTER_PORT": "29", "WORLD_SIZE": "4", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    four = place("--dist-url", "env://", "--processes_per_node", "2")
+    assert (four.nodes, four.world_size, four.member, four.host) == (4, 8, 3, "host")
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    torchrun = place()
+    assert (torchrun.nodes, torchrun.world_size, torchrun.spawns, torchrun.member) == (2, 4, False, 3)
+
+
+def meet(*words) -> str:
+    """What a node says that does not find the others."""
+    options = Parser("", TASK_GROUPS).parse(("--dist_timeout", "1", "--dist_backend", "gloo", *words))
+    try:
+        launch.Members(launch.find_place(options), options)
+    except UserError as error:
+        return str(error)
+    return "met"
+
+
+def url(port: int) -> tuple[str, str]:
+    return "--dist_url", f"tcp://127.0.0.1:{port}"
+
+
+def meet_together(*nodes) -> list[str]:
+    port, said = free_port(), [""] * len(nodes)
+
+    def node(number: int, words: str) -> None:
+        said[number] = meet(*url(port), "--dist_timeout", "20", *words.split())
+
+    threads = [threading.Thread(target=node, args=item) for item in enumerate(nodes)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join()
+    return said
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else a meeting sets it
+
+
+def test_a_peer_that_never_comes():
+    assert meet("--world_size", "2", "--rank", "0", *url(free_port())).startswith("rank 1 of 2 did not come within 1 s; start")
+
+
+def test_a_first_node_that_never_comes():
+    port = free_port()
+    said = meet("--world_size", "2", "--rank", "1", *url(port))
+    assert said.startswith(f"nobody answered at 127.0.0.1:{port} within 1 s; start the node of --rank 0 there")
+
+
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = meet("--world_size", "2", "--rank", "0", *url(port))
+    assert said == f"--dist_url: port {port} is in use on this host; choose another one, the same on all nodes"
+
+
+def test_a_name_that_does_not_resolve():
+    said = meet("--world_size", "2", "--rank", "1", "--dist_url", "tcp://nowhere.invalid:29")
+    assert said.startswith("--dist_url: cannot resolve the host name nowhere.invalid (")
+
+
+def test_nodes_that_belong_together_meet():
+    assert meet_together("--world_size 2 --rank 0", "--world_size 2 --rank 1") == ["met", "met"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (("--world_size 3 --rank 0", "--world_size 2 --rank 1"), "--world_size is 2 on one node and 3 on another"),
+        (
+            ("--world_size 3 --rank 0", "--world_size 3 --rank 1", "--world_size 3 --rank 1"),
+            "--rank 1 is taken by another node",
+        ),
+        (
+            ("--world_size 2 --rank 0 --processes_per_node 2", "--world_size 2 --rank 1"),
+            "--processes_per_node is 1 on one node and 2 on another",
+        ),
+        (
+            ("--world_size 2 --rank 0", "--world_size 2 --rank 1 --batch_size 7"),
+            "--batch_size is 512 on node 0 and 7 on node 1; give all nodes the same",
+        ),
+    ],
+)
+def test_nodes_that_do_not_belong_together_are_told(nodes, message):
+    assert all(said.startswith(message) for said in meet_together(*nodes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for NCCL")
+def test_nccl_without_a_gpu(capsys, tmp_path):
+    assert task.main(["--multiprocessing_distributed", "--output_dir", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == (
+        "error: --dist_backend nccl: no GPU for it here; on CPUs: --dist_backend gloo --processes_per_node N\n"
+    )
+    assert not (tmp_path / "run").exists()
