@@ -200,8 +200,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "Learned: validation accuracy over halfway from guessing one of the labels shown to 100 %. Silent: the reading values "
-        f"together emitted fewer than {SILENT_BELOW} spikes in a sample, in the last epoch. Test: published test set, the network of highest validation accuracy. "
-        "Rate: mean firing rate of the reading values in the last epoch.",
+        f"together emitted fewer than {SILENT_BELOW} spikes in a sample, in the last epoch. Test: published test set, the "
+        "network of highest validation accuracy. Reading: mean firing rate of the reading values in the last epoch.",
     ]
     return "\n".join(lines) + "\n"
 
