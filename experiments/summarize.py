@@ -240,9 +240,9 @@ def tested_lengths(result: Result) -> curves.Curves:
 @styled
 def accuracy_against_length(rows: list[dict[str, Any]]):
     """Best validation accuracy by length: every seed a point (hollow: unfinished), the mean and share of those that learned."""
-    figure = new_figure(TWO_COLUMNS, 62)
+    figure = new_figure(TWO_COLUMNS, 66)
     add_heading(figure, 2, 5, "a", "Accuracy", 12)
-    add_heading(figure, 95, 5, "b", "Share of seeds that learned", 12)
+    add_heading(figure, 95, 5, "b", "Share of seeds that have learned so far", 12)
     accuracy, share = add_axes(figure, 14, 8, 74, 44), add_axes(figure, 107, 8, 74, 44)
     trainings = list(dict.fromkeys(row["training"] for row in rows))
     for place, training in enumerate(trainings):
@@ -261,13 +261,13 @@ def accuracy_against_length(rows: list[dict[str, Any]]):
         share.plot(np.array(lengths) + shift, shares, "o-", ms=2.5, color=colour, label=training)
         for n, percent in zip(lengths, shares, strict=True):
             words = f"{len(learned[n])}/{len(by_length[n])}"
-            share.annotate(words, (n + shift, percent), (3, -7), textcoords="offset points", color=colour, size=5)
+            share.annotate(words, (n + shift, percent), (3, 3), textcoords="offset points", color=colour, size=5)
     longest = max(row["sequence_length"] for row in rows)
     dense = np.linspace(2, longest, 100)
     accuracy.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=(0, (3, 1.5)), label="guessing among the labels shown")
     for ax, unit in ((accuracy, "Best validation accuracy (%)"), (share, "Share (%)")):
-        ax.set(xlabel="Sequence length (pairs)", ylabel=unit, ylim=(0, 103), xlim=(1, longest + 1))
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.12))
+        ax.set(xlabel="Sequence length (pairs)", ylabel=unit, ylim=(0, 105), xlim=(1, longest + 1))
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(14 / TWO_COLUMNS, 0), ncols=4)
     return figure
 
 
