@@ -207,7 +207,7 @@ class Members:
             ) from None
 
     def _open(self) -> dist.Store:
-        place, limit = self.place, timedelta(seconds=self.timeout)
+        place = self.place
         holds = place.leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         while not holds and not _reachable(place.host, place.port):
             if time.monotonic() > self._deadline:
@@ -217,7 +217,7 @@ class Members:
                 )
             time.sleep(0.1)
         try:
-            store = dist.TCPStore(place.host, place.port, is_master=holds, timeout=limit, wait_for_workers=False)
+            store = _store(place, self.timeout, holds)
         except dist.DistError as failure:
             if "EADDRINUSE" in str(failure):
                 raise UserError(
@@ -288,13 +288,14 @@ class Members:
             cause: what failed here, or None where others are the reason.
             suspects: processes of this member that did not answer.
         """
-        place, told = self.place, {}
-        met = threading.Event()
+        place, told = self.place, {self.place.member: cause}
+        store_answers = threading.Event()
 
         def exchange() -> None:
             until = time.monotonic() + _EXCHANGE - 1
             self.store.set(f"end {place.member}", cause or "")
-            met.set()
+            self.store.check(["taken 0"])
+            store_answers.set()
             while len(told) < place.members and not any(told.values()) and time.monotonic() < until:
                 for member in set(range(place.members)) - told.keys():
                     if self.store.check([f"end {member}"]):
@@ -310,10 +311,24 @@ class Members:
         thread.join(_EXCHANGE)
         if known := cause or next(filter(None, told.values()), None):
             return known
-        silent = [member for member in range(place.members) if member not in told] if met.is_set() else [0]
+        silent = [member for member in range(place.members) if member not in told] if store_answers.is_set() else [0]
         names = [place.name(member, self.cards[member]["host"]) for member in silent] or suspects
         who = f"no answer from {' and '.join(names)}" if names else "the connection between the processes is lost"
         return who + remedy(self.options)
+
+
+def _store(place: Place, timeout: float, holds: bool = False) -> dist.TCPStore:
+    # C++ logs here names that cannot be looked up and what is told in one line; its level is read at `import torch`.
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        return dist.TCPStore(
+            place.host, place.port, is_master=holds, timeout=timedelta(seconds=timeout), wait_for_workers=False
+        )
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _quietly(function: Callable[[], None]) -> Callable[[], None]:
@@ -402,7 +417,7 @@ def _join(place: Place, rank: int, local_rank: int, options: Options) -> None:
         torch.cuda.set_device(options["gpu"] or 0)
     limit = timedelta(seconds=options["dist_timeout"])
     backend = "cpu:gloo,cuda:nccl" if options["dist_backend"] == "nccl" else options["dist_backend"]
-    store = dist.PrefixStore(_attempt() + "group", dist.TCPStore(place.host, place.port, timeout=limit))
+    store = dist.PrefixStore(_attempt() + "group", _store(place, options["dist_timeout"]))
     dist.init_process_group(backend, store=store, rank=rank, world_size=place.world_size, timeout=limit)
 
 

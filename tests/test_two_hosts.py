@@ -1,0 +1,94 @@
+"""Two hosts: network namespaces joined by a virtual cable, as `ip netns` makes them. Needs root and iproute2."""
+
+import re
+import subprocess
+import time
+
+import pytest
+from test_distributed import NETWORK, PATIENCE, Started, assert_same_training, run, single, wait_for_training  # noqa: F401
+
+from utils import checkpoints
+
+HOSTS = {"task-test-0": "10.213.77.1", "task-test-1": "10.213.77.2"}
+TIMEOUT = 20  # seconds
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def unplug() -> None:
+    for host in HOSTS:
+        subprocess.run(["ip", "netns", "delete", host], capture_output=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two namespaces with an address each, which can reach nothing but each other."""
+    try:
+        unplug()
+        for host in HOSTS:
+            ip("netns", "add", host)
+        first, second = HOSTS
+        ip("-netns", first, "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", second)
+        for host, address in HOSTS.items():
+            ip("-netns", host, "address", "add", f"{address}/24", "dev", "cable")
+            ip("-netns", host, "link", "set", "cable", "up")
+            ip("-netns", host, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as failure:
+        unplug()
+        reason = getattr(failure, "stderr", None) or failure
+        pytest.skip(f"no network namespaces here (they need root and iproute2): {reason}")
+    yield list(HOSTS)
+    unplug()
+
+
+def start_both(hosts, folder, *words, **environment) -> list[Started]:
+    """The documented commands for two nodes, each with a folder of its own: no file system is shared."""
+    return [
+        Started(
+            *(*NETWORK, "--output_dir", folder / host, *words),
+            *("--dist-url", f"tcp://{HOSTS[hosts[0]]}:23456", "--dist-backend", "gloo", "--dist_timeout", str(TIMEOUT)),
+            *("--multiprocessing-distributed", "--world-size", "2", "--rank", str(rank)),
+            prefix=("ip", "netns", "exec", host),
+            OMP_NUM_THREADS="1",
+            **environment,
+        )
+        for rank, host in enumerate(hosts)
+    ]
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process_does(hosts, single, tmp_path):  # noqa: F811
+    """--batch_size counts for a node: two nodes with 31 each make up a batch of 62."""
+    first, second = start_both(hosts, tmp_path, "--epochs", "2", "--batch_size", "31")
+    status, out, err = first.end()
+    assert (status, err, second.end()) == (0, "", (0, "", ""))
+    assert out.count("epoch ") == 2
+    assert_same_training(single, tmp_path / hosts[0])
+    assert not (tmp_path / hosts[1]).exists(), "only rank 0 writes"
+
+
+@pytest.mark.slow
+def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
+    (trace := tmp_path / "trace").mkdir()
+    both = start_both(hosts, tmp_path, "--epochs", "1000", SMALL_TASK_TRACE=str(trace))
+    wait_for_training(trace)
+    folder, start = tmp_path / hosts[0], time.monotonic()
+    while not (folder / checkpoints.LAST).exists() and time.monotonic() < start + PATIENCE:
+        time.sleep(0.1)
+    ip("-netns", hosts[1], "link", "set", "cable", "down")
+    cut = time.monotonic()
+    for rank, node in enumerate(both):
+        status, _, err = node.end(timeout=TIMEOUT + 40)
+        other = 1 - rank
+        assert status == 1
+        assert re.fullmatch(
+            rf"error: no answer from node {other} \(rank {other}, host \S+\); the same command with --output_dir \S+ "
+            "--resume auto goes on from the last checkpoint\n",
+            err,
+        )
+    assert time.monotonic() - cut < TIMEOUT + 40
+    epoch = checkpoints.load(folder / checkpoints.LAST)["epoch"]
+    status, _, err = run(*NETWORK, "--output_dir", folder, "--resume", "auto", "--epochs", str(epoch + 1))
+    assert status == 0, err
