@@ -26,7 +26,14 @@ from utils.errors import UserError, warn_in_one_line
 from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
 from utils.run import OPTIONS
 
-FIGURES = ("overview", "memory", "membranes", "training", "lengths")
+# Figure -> the option that names what it is drawn from.
+SOURCE = {
+    "overview": "checkpoint_path",
+    "memory": "checkpoint_path",
+    "membranes": "checkpoint_path",
+    "training": "metrics",
+    "lengths": "csv",
+}
 
 # The rows of the figures: title, population while storing, population while recalling.
 ROWS = (
@@ -76,7 +83,7 @@ GROUPS = {
         Option("time_range", None, time_range, "draw this time only, START END in ms", low=0, optional=True, words="MS"),
         Option("metrics", (), several_files, "metrics files of runs: training curves", words="FILE"),
         Option("csv", (), several_files, "tables of evaluations: accuracy against sequence length", words="FILE"),
-        Option("figure", "all", str, "which one; all: all into a folder, the first into a file", choices=("all", *FIGURES)),
+        Option("figure", "all", str, "which one; all: all into a folder, the first into a file", choices=("all", *SOURCE)),
         _published("backend"),
     ),
     "where to": (
@@ -92,12 +99,10 @@ def main(argv=None) -> int:
     warn_in_one_line()
     parser = Parser(__doc__.splitlines()[0], GROUPS)
     options = parser.parse(argv)
-    if not (options["checkpoint_path"] or options["metrics"] or options["csv"]):
-        parser.error("nothing to draw: give --checkpoint_path, --metrics or --csv")
+    paths = choose_paths(options, parser)
     try:
         numbers: dict[str, np.ndarray] = {}
         drawings = one_sample(options, parser, numbers) | curves(options, numbers)
-        paths = choose_paths(options, list(drawings), parser)
         if options["save_data"]:
             write(Path(options["save_data"]), lambda path: save_numbers(path, numbers))
         drawn = {name: drawings[name]() for name in paths}
@@ -300,12 +305,14 @@ def read_text(path: Path) -> str:
 # Where to
 
 
-def choose_paths(options: Options, available: list[str], parser: Parser) -> dict[str, Path]:
+def choose_paths(options: Options, parser: Parser) -> dict[str, Path]:
     """The file of each figure to draw."""
+    available = [name for name in SOURCE if options[SOURCE[name]]]
+    if not available:
+        parser.error("nothing to draw: give --checkpoint_path, --metrics or --csv")
     chosen = available if options["figure"] == "all" else [options["figure"]]
     if chosen[0] not in available:
-        needed = {"training": "--metrics", "lengths": "--csv"}.get(chosen[0], "--checkpoint_path")
-        parser.error(f"--figure {chosen[0]} needs {needed}")
+        parser.error(f"--figure {chosen[0]} needs --{SOURCE[chosen[0]]}")
     beside = Path(options["checkpoint_path"] or [*options["metrics"], *options["csv"]][0]).parent
     output = Path(options["output"] or beside / "figures")
     kind = output.suffix[1:].lower()

@@ -132,16 +132,14 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
         rasters = _phase_axes(figure, phases, trial, top, raster)
         strips = _phase_axes(figure, phases, trial, top + raster + 1.0, strip, time_labels=last)
         for phase, ax, below in zip(phases, rasters, strips, strict=True):
-            activity = getattr(population, phase.name)
-            if activity is None:
+            if activity := getattr(population, phase.name):
+                _draw_raster(ax, activity, neurons, phase, raster)
+                _draw_population_rate(below, activity, neurons, phase, trial.num_time_steps)
+            else:
                 _note(ax, "no label\nis shown")
                 _note(below, "")
-                continue
-            _draw_raster(ax, activity, neurons, phase, raster)
-            _draw_population_rate(below, activity, neurons, phase, trial.num_time_steps)
             if last and phase.name == "recall":
-                ax.axvspan(trial.readout_ms, trial.duration_ms, color=ORANGE, alpha=0.35, lw=0, zorder=0)
-                ax.set_title("readout window", loc="right", size=6, weight="normal", color=VERMILION, pad=2)
+                _mark_readout(ax, trial)
         _share_scale(strips)
         _side_label(figure, left, top + raster / 2, "Neuron")
         _label_ends(rasters[0], neurons[0], neurons[-1])
@@ -204,6 +202,11 @@ def _draw_population_rate(ax: Axes, activity: Activity, neurons: np.ndarray, pha
     spikes = np.add.reduceat(activity.spikes[:, neurons].mean(axis=1, dtype=float), edges[:-1])
     area = ax.stairs(spikes / np.diff(edges) * HZ, phase.start + edges, fill=True, color=phase.colour, lw=0)
     area.set_gid(f"{activity.name} population rate")
+
+
+def _mark_readout(ax: Axes, trial: Trial) -> None:
+    ax.axvspan(trial.readout_ms, trial.duration_ms, color=ORANGE, alpha=0.35, lw=0, zorder=0)
+    ax.set_title("readout window", loc="right", size=6, weight="normal", color=VERMILION, pad=2)
 
 
 def _draw_rates(ax: Axes, population: Population, neurons: np.ndarray, last: bool) -> None:
