@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from models.neurons import LIFConstants, LIFState, lif_step
 from models.plasticity import HebbianConstants, hebbian_update, update_trace
@@ -82,18 +81,48 @@ def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics
         The memory after the last step (B x M x M, values x keys), key spikes and value spikes (B x time x M).
     """
     key_spikes = lif(key_current, 1, dynamics.lif)  # keys do not depend on the memory
-    batch, _, size = key_current.shape
-    memory = key_current.new_zeros(batch, size, size)
-    trace = torch.zeros_like(key_current[:, 0])
-    carry = (memory, *LIFState.at_rest(value_current[:, 0]), trace, trace)
-    values = []
-    for k, i_v in zip(key_spikes.split(SEGMENT_STEPS, 1), value_current.split(SEGMENT_STEPS, 1), strict=True):
-        if torch.is_grad_enabled():
-            *carry, v = checkpoint(_write_segment, k, i_v, dynamics, *carry, use_reentrant=False, preserve_rng_state=False)
-        else:
+    memory, value_spikes = _RecomputedWrite.apply(key_spikes, value_current, dynamics)
+    return memory, key_spikes, value_spikes
+
+
+class _RecomputedWrite(torch.autograd.Function):
+    """The writing loop, recomputed segment by segment for its gradient.
+
+    `torch.utils.checkpoint` does the same, but the many small nodes it leaves between the large matrices fragment the heap
+    until the process is as large as if every matrix were kept.
+    """
+
+    @staticmethod
+    def forward(ctx, key_spikes: Tensor, value_current: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
+        batch, _, size = key_spikes.shape
+        trace = torch.zeros_like(key_spikes[:, 0])
+        carry = (key_spikes.new_zeros(batch, size, size), *LIFState.at_rest(value_current[:, 0]), trace, trace)
+        starts, values = [], []
+        for k, i_v in zip(key_spikes.split(SEGMENT_STEPS, 1), value_current.split(SEGMENT_STEPS, 1), strict=True):
+            if any(ctx.needs_input_grad):
+                starts.append(carry)
             *carry, v = _write_segment(k, i_v, dynamics, *carry)
-        values.append(v)
-    return carry[0], key_spikes, torch.cat(values, dim=1)
+            values.append(v)
+        ctx.dynamics, ctx.starts = dynamics, starts
+        ctx.save_for_backward(key_spikes, value_current)
+        return carry[0], torch.cat(values, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad_memory: Tensor, grad_values: Tensor):
+        key_spikes, value_current = ctx.saved_tensors
+        zeros = torch.zeros_like(key_spikes[:, 0])
+        grad_carry = (grad_memory, *[zeros] * 5)
+        grad_keys, grad_currents = [], []
+        segments = [x.split(SEGMENT_STEPS, 1) for x in (key_spikes, value_current, grad_values)]
+        for k, i_v, grad_v, carry in reversed(list(zip(*segments, ctx.starts, strict=True))):
+            inputs = [x.detach().requires_grad_() for x in (k, i_v, *carry)]
+            with torch.enable_grad():
+                outputs = _write_segment(*inputs[:2], ctx.dynamics, *inputs[2:])
+            gradients = torch.autograd.grad(outputs, inputs, (*grad_carry, grad_v), allow_unused=True, materialize_grads=True)
+            grad_keys.append(gradients[0])
+            grad_currents.append(gradients[1])
+            grad_carry = gradients[2:]
+        return torch.cat(grad_keys[::-1], dim=1), torch.cat(grad_currents[::-1], dim=1), None
 
 
 def _write_segment(key_spikes, value_current, dynamics, memory, z, v, r, value_trace, key_trace):
