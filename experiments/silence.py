@@ -4,6 +4,7 @@
 python experiments/silence.py --seed 2 --output runs/silence/published-seed2.csv
 python experiments/silence.py --seed 2 --curriculum_start 2 --output runs/silence/curriculum-seed2.csv
 python experiments/silence.py --draw runs/silence/*.csv --output silence.png
+python experiments/silence.py --decode --seed 2 --output runs/silence/decoded-seed2.csv
 
 The table has a row a step, from before that step: loss (cross entropy), accuracy (%), `gain` (see `loss_by_gain`), mean firing
 rates (Hz), shares of neurons that fire at all, norms of the weights; and, for each weight matrix W, `pull/W`: by how much the
@@ -40,13 +41,14 @@ def main() -> int:
     arguments.add_argument("--output", type=Path, required=True, help="table to write, or figure with --draw")
     arguments.add_argument("--draw", type=Path, nargs="+", metavar="TABLE.csv", help="draw these tables and train nothing")
     arguments.epilog = "All other options are those of memorizing_associations_task.py; --epochs is 2 by default."
+    arguments.add_argument("--decode", action="store_true", help="train nothing; decode the answer from the initial readout")
     args, others = arguments.parse_known_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.draw:
         save(draw(args.draw), args.output)
         return 0
     options = Parser(arguments.description, TASK_GROUPS).parse(["--epochs", "2", "--seed", "1", *others])
-    rows = list(follow(options))
+    rows = list(decode(options) if args.decode else follow(options))
     with open(args.output, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -106,6 +108,27 @@ def loss_by_gain(logits: Tensor, answer: Tensor) -> Tensor:
 
 def names(model: models.MemorizingAssociations) -> list[str]:
     return [name.split("_")[0] for name, _ in model.named_parameters()]
+
+
+@torch.no_grad()
+def decode(options: Options, lengths=(1, 2, 3, 5, 10), samples: int = 3000, batch_size: int = 500):
+    """How well linear regression, fitted to two thirds of the samples, tells the answer from the initial network's readout."""
+    torch.manual_seed(options["seed"])
+    model = models.build_model(options.values, options["backend"])
+    model.output_layer.weight = torch.nn.Parameter(torch.eye(options["memory_size"]))  # logits are the readout itself
+    sizes = (options["num_classes"], options["feature_size"], options["dataset_seed"])
+    fitted = 2 * samples // 3
+    for length in lengths:
+        drawn = data.training_samples(0, samples, 0, length, *sizes)
+        batches = [drawn[first : first + batch_size] for first in range(0, samples, batch_size)]
+        readout = torch.cat([model(batch.features, batch.labels, batch.query).logits for batch in batches]).double()
+        inputs = torch.cat([readout, torch.ones(samples, 1, dtype=torch.float64)], dim=1)
+        ridge = torch.eye(inputs.shape[1], dtype=torch.float64)
+        targets = torch.nn.functional.one_hot(drawn.answer, options["num_classes"]).double()
+        fit = inputs[:fitted]
+        weights = torch.linalg.solve(fit.T @ fit + ridge, fit.T @ targets[:fitted])
+        correct = (inputs[fitted:] @ weights).argmax(1) == drawn.answer[fitted:]
+        yield {"sequence_length": length, "accuracy": 100 * correct.double().mean().item(), "labels_shown": 100 / length}
 
 
 PANELS = (
