@@ -3,8 +3,7 @@
 import golden
 import pytest
 
-from models.kernels import BACKENDS, POPULATIONS, resolve_backend
-from models.kernels import BackendError
+from models.kernels import BACKENDS, POPULATIONS
 
 ON_CPU = [name for name in BACKENDS[1:] if name != "triton"]
 
