@@ -283,7 +283,7 @@ def _groups_that_fill(device: torch.device, batch: int) -> int:
     if device.type != "cuda":  # the interpreter
         return 2
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, multiprocessors * REGISTERS // (32 * WRITE_BACKWARD_REGISTERS) // batch)
+    return max(1, multiprocessors * REGISTERS // (32 * WRITE_BACKWARD_REGISTERS) // max(1, batch))
 
 
 def _write_setup(ctx, inputs, output):

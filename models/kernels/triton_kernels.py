@@ -1,7 +1,8 @@
 """Device code of the Triton backend. What each kernel computes is defined by `reference`; `triton` launches them.
 
 Every tensor is contiguous, time before neurons. Constants are compile-time values, the dataclasses of `models.neurons` and
-`models.plasticity`. Symbols as there: z, v, r of a neuron, k and kappa of a key, nu of a value, w of the memory.
+`models.plasticity`; sizes that change from batch to batch are not (`do_not_specialize`). Symbols as there: z, v, r of a
+neuron, k and kappa of a key, nu of a value, w of the memory.
 """
 
 import triton
@@ -62,7 +63,7 @@ def hebbian_step(w, nu, kappa, rule: tl.constexpr):
 # --------------------------------------------------------------------------------------------- feed-forward populations
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inputs", "total"])
 def lif_forward(
     current,  # B x inputs x neurons, each held for `steps` steps
     out,  # B x (inputs * steps) x neurons: the membranes for the adjoint if `membranes`, else the spikes
@@ -89,7 +90,7 @@ def lif_forward(
         tl.store(out + t * neurons, membrane if membranes else z, valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inputs", "total"])
 def lif_backward(
     grad_spikes,  # B x (inputs * steps) x neurons
     membranes,  # of lif_forward
@@ -122,7 +123,7 @@ def lif_backward(
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def write_forward(
     key_spikes,  # B x time x size
     current,  # B x time x size
@@ -177,7 +178,7 @@ def write_forward(
     tl.store(memory, w, valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "steps", "groups"])
 def write_backward(
     grad_memory,  # B x size x size
     grad_values,  # B x time x size
@@ -280,7 +281,7 @@ def product(vector, matrix, size: tl.constexpr, rows: tl.constexpr, columns: tl.
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def read_forward(
     current,  # B x time x size
     memory,  # B x size x size, keys x values (transposed)
@@ -321,7 +322,7 @@ def read_forward(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def read_backward(
     grad_keys,  # B x time x size
     grad_values,  # B x time x size
