@@ -276,6 +276,16 @@ class Options:
         ]
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, in which no key may stand twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if isinstance(key, str) and keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that tells an error in one line, and whose options stand in a table, with `--config` beside them."""
 
@@ -301,7 +311,8 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(*spellings, dest=option.name, metavar=metavar, help=text)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        in_one_line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {in_one_line} (--help lists the options)\n")
 
     def parse(self, argv: Sequence[str] | None = None) -> Options:
         """Options from defaults, then `--config`, then the command line. Exits with 2 and one line for what is wrong."""
@@ -325,10 +336,10 @@ class Parser(argparse.ArgumentParser):
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except OSError as failure:
             self.error(f"--config {path}: {failure.strerror}")
-        except (yaml.YAMLError, UnicodeDecodeError) as failure:
+        except (yaml.YAMLError, ValueError, RecursionError) as failure:
             self.error(f"--config {path}: not a YAML file ({' '.join(str(failure).split())})")
         if found is None:
             return {}
