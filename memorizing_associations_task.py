@@ -24,7 +24,7 @@ import data
 import models
 from data.loader import ahead
 from models.kernels import POPULATIONS, BackendError, resolve_backend
-from utils import checkpoints, distributed, launch
+from utils import checkpoints, distributed, launch, memory
 from utils.errors import UserError, warn_in_one_line
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
@@ -100,6 +100,8 @@ def prepare(options: Options, checkpoint: dict | None) -> tuple[models.Memorizin
     if options["seed"] is None:
         options.values["seed"] = distributed.from_main(random.SystemRandom().randrange(2**31))
         say(f"seed {options['seed']}")
+    if not options["evaluate"]:
+        memory.check(backend, device, options.values, distributed.world_size() // max(options["world_size"], 1))
     torch.manual_seed(options["seed"])
     model = models.build_model(options.values, backend)
     if checkpoint:

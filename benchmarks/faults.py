@@ -35,6 +35,7 @@ import memorizing_associations_task as task
 from utils import checkpoints
 from utils.checkpoint_contents import digest
 from utils.errors import UserError
+from utils.memory import needed
 from utils.run import METRICS
 
 TINY = """--sequence_length 2 --num_classes 2 --num_time_steps 20 --embedding_size 8 --memory_size 8 --batch_size 64 --seed 1
@@ -139,14 +140,7 @@ def in_child(body, kill_after: float | None = None) -> int:
     """Run `body` in a forked process with its output thrown away. Returns its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
-        status = 70
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(1, 2)
-            torch.set_num_threads(1)  # threads do not survive a fork
-            status = body()
-        finally:
-            os._exit(status)
+        _become(body)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
@@ -197,6 +191,49 @@ def steps(times: int, seed: int) -> dict:
 
 def _resident_mebibytes() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+# Memory
+
+
+def memory(times: int, seed: int) -> list[dict]:
+    """The estimate of the first so many of MEMORY_SIZES beside the measured peak of the process, MiB."""
+    rows = []
+    for backend, batch, length, steps_held, embedding, size in MEMORY_SIZES[:times]:
+        names = ("batch_size", "sequence_length", "num_classes", "num_time_steps", "embedding_size", "memory_size")
+        values = dict(zip(names, (batch, length, length, steps_held, embedding, size), strict=True))
+        with tempfile.TemporaryDirectory() as scratch:
+            rest = {"epochs": 1, "seed": seed, "workers": 1, "prefetch_factor": 1, "backend": backend, "output_dir": scratch}
+            words = [f"--{name}={value}" for name, value in (values | rest).items()]
+            data.TRAINING_SAMPLES, data.EVALUATION_SAMPLES["validation"] = 2 * batch, 32
+            before = _resident_mebibytes()
+            peak = measured_peak(lambda words=words: task.main(words))
+        sizes = values | {"feature_size": 10, "workers": 1, "prefetch_factor": 1}
+        torch.set_num_threads(1)  # as in the forked process
+        estimate = before + needed(backend, sizes, batch) / 2**20
+        rows.append({"backend": backend} | values | {"estimate": round(estimate), "peak": round(peak)})
+        assert abs(estimate / peak - 1) < 0.3, rows[-1]
+    return rows
+
+
+def measured_peak(body) -> float:
+    """The largest resident memory of a forked process that runs `body`, MiB."""
+    child = os.fork()
+    if child == 0:
+        _become(body)
+    _, status, usage = os.wait4(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return usage.ru_maxrss / 1024
+
+
+MEMORY_SIZES = (
+    ("cpp", 512, 10, 100, 80, 100),
+    ("cpp", 256, 20, 100, 80, 200),
+    ("cpp", 4096, 30, 50, 100, 50),
+    ("reference", 16, 2, 50, 40, 60),
+    ("reference", 8, 3, 40, 80, 100),
+    ("reference", 8, 10, 100, 80, 100),
+)
 
 
 # Damaged files
@@ -413,6 +450,18 @@ CHANGES = {
 UNSEEN_WITHOUT_DIGEST = {"weights of the same shape", "params another threshold"}
 
 
+def _become(body) -> None:
+    """In a forked process: run `body` with its output thrown away, and exit with its status."""
+    status = 70
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        torch.set_num_threads(1)  # threads do not survive a fork
+        status = body()
+    finally:
+        os._exit(status)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("fault", choices=FAULTS)
@@ -423,8 +472,8 @@ def main() -> None:
     print(json.dumps({arguments.fault: result}, indent=2))
 
 
-FAULTS = {"killed": killed, "damaged": damaged, "options": options, "steps": steps}
-FULL = {"killed": 200, "damaged": 1000, "options": 2000, "steps": 10_000}
+FAULTS = {"killed": killed, "damaged": damaged, "memory": memory, "options": options, "steps": steps}
+FULL = {"killed": 200, "damaged": 1000, "memory": len(MEMORY_SIZES), "options": 2000, "steps": 10_000}
 
 if __name__ == "__main__":
     main()

@@ -295,6 +295,25 @@ def test_a_silent_population_is_told_with_the_remedy(tmp_path, capsys):
     assert "--curriculum_start" in told
 
 
+# Memory
+
+
+def test_memory_is_estimated_within_30_percent():
+    run_benchmark("memory", "--times", 1)
+
+
+def test_too_large_a_batch_is_told_with_one_that_fits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.memory.available", lambda device: 2**30)
+    line = refused(capsys, "--batch_size", 10_000_000, "--output_dir", tmp_path / "run")
+    fitting = int(line.split("--batch_size ")[2].split()[0])
+    assert "GiB are free" in line
+    assert task.main([*faults.TINY, "--batch_size", str(fitting), "--epochs", "1", "--output_dir", str(tmp_path / "run")]) == 0
+
+
+def test_a_network_that_never_fits(tmp_path, capsys):
+    assert "no batch fits" in refused(capsys, "--memory_size", 10**7, "--output_dir", tmp_path)
+
+
 # Time
 
 

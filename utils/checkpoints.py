@@ -22,6 +22,7 @@ import contextlib
 import io
 import os
 import pickle
+import stat
 import time
 import zipfile
 from collections.abc import Callable
@@ -135,10 +136,12 @@ def find(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _read(path: Path) -> Any:
     """What a `torch.save` file holds. Raises OSError, or ValueError saying what is wrong with it."""
+    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
+        raise ValueError("not a file")
     with open(path, "rb") as file:
-        start = file.read(64) if path.is_file() else b""
+        start = file.read(64)
     if not start:
-        raise ValueError("empty, or not a file")
+        raise ValueError("empty")
     if _BEFORE_ZIP in start:
         raise ValueError("a file of PyTorch before 1.6, which nothing protects; load it there and save it with a newer PyTorch")
     try:
