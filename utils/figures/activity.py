@@ -249,7 +249,9 @@ def _draw_logits(ax: Axes, trial: Trial, width: float) -> None:
         (classes != trial.answer, LIGHT_GREY, None),
         (classes == trial.answer, GREEN, f"answer {trial.answer}"),
     ):
-        ax.bar(classes[chosen], trial.logits[chosen], width=0.8, color=colour, lw=0, label=label)
+        bars = ax.bar(classes[chosen], trial.logits[chosen], width=0.8, color=colour, lw=0, label=label)
+        for n, bar in zip(classes[chosen], bars, strict=True):
+            bar.set_gid(f"logit {n}")
     above = max(trial.logits[prediction], 0) + 0.6 * margin
     ax.plot(prediction, above, "v", color=BLACK, ms=3.5, label=f"prediction {prediction}")
     ax.axhline(0, color=BLACK, lw=0.5)
@@ -311,7 +313,7 @@ def _draw_weights(ax: Axes, weights: np.ndarray) -> None:
     counts, edges = np.histogram(weights, bins=50, range=(min(0.0, weights.min()), weights.max() or 1.0))
     ax.stairs(counts, edges, fill=True, color=PURPLE, lw=0).set_gid("weights")
     ax.set_yscale("log")
-    ax.set_ylim(0.7, 2 * counts.max())
+    ax.set_ylim(0.7, max(10, 2 * counts.max()))
     ax.set_xlim(edges[0], edges[-1])
     ax.set(xlabel="Weight (dimensionless)", ylabel="Number of weights")
     words = f"{weights.size} weights\nmean {weights.mean():.3g}, largest {weights.max():.3g}\n{(weights == 0).mean():.0%} are 0"
@@ -335,7 +337,7 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
     for (population, neurons), letter in zip(chosen, "abcdefgh", strict=False):
         add_heading(figure, 2, y + 3, letter, population.title, left - 2)
         y += title
-        _side_label(figure, left, y + (len(neurons) * (height + gap) - gap) / 2, "Membrane (θ)", distance=18)
+        _side_label(figure, left, y + (len(neurons) * (height + gap) - gap) / 2, "v (θ)", distance=18)
         for place, neuron in enumerate(neurons):
             axes = _phase_axes(figure, phases, trial, y, height, time_labels=y + height + gap > bottom - 0.1)
             for phase, ax in zip(phases, axes, strict=True):
@@ -349,7 +351,13 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
             add_text(figure, left - 9, y + height / 2, f"neuron\n{neuron}", ha="right", va="center", size=6)
             y += height + gap
     add_text(
-        figure, TWO_COLUMNS - 4, bottom + 4.5, "θ: threshold (dashed). Ticks above: spikes.", ha="right", size=6, color=GREY
+        figure,
+        TWO_COLUMNS - 4,
+        bottom + 4.5,
+        "v: membrane potential. θ: threshold (dashed). Ticks above: spikes.",
+        ha="right",
+        size=6,
+        color=GREY,
     )
     return figure
 

@@ -91,7 +91,8 @@ def accuracy_by_length(runs: Sequence[Curves]) -> Figure:
     for label, members in groups.items():
         _draw_repetitions(ax, members, "sequence_length", "accuracy", color=colours[label], ls="-", marker=".", ms=3)
         for length in sorted({run.trained_length for run in members} - {None}):
-            ax.axvline(length, color=colours[label], lw=0.8, ls=LINE_STYLES[2], zorder=1)
+            mark = ax.axvline(length, color=colours[label], lw=0.8, ls=LINE_STYLES[2], zorder=1)
+            mark.set_gid(f"{label} trained length")
     _draw_chance(ax, runs)
     lengths = np.unique(np.concatenate([run.columns["sequence_length"] for run in runs]))
     dense = np.linspace(lengths.min(), lengths.max(), 200)
