@@ -247,6 +247,8 @@ class Sums:
     NAMES = ("samples", "loss", "accuracy", "regularization", *POPULATIONS)
 
     def __init__(self, device: torch.device, start: dict[str, float] | None = None):
+        if start and start.keys() != set(self.NAMES):
+            raise UserError("the checkpoint's sums over its unfinished epoch are not those of this program; use another one")
         values = [start[name] if start and distributed.is_main() else 0.0 for name in self.NAMES]
         self.values = torch.tensor(values, dtype=torch.float64, device=device)
 
