@@ -191,6 +191,17 @@ def test_evaluation_by_two_processes_gives_the_accuracy_of_one(single):
     assert run(*words)[1] == run(*words, *distributed(2))[1]
 
 
+@pytest.mark.slow
+def test_kernels_are_built_once_before_there_are_processes(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho built >> {tmp_path}/built\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "MEMORIZING_ASSOCIATIONS_CACHE": str(tmp_path / "cache")}
+    words = (*NETWORK, "--backend", "cpp", "--epochs", "1", "--output_dir", tmp_path / "run", *distributed(2))
+    assert run(*words, **environment)[0] == 0
+    assert (tmp_path / "built").read_text() == "built\n"
+
+
 # Failures of a process
 
 
@@ -221,9 +232,9 @@ def test_a_failure_told_in_one_line_ends_all(tmp_path):
     assert (status, err) == (1, "error: rank 0: the disk is full\n")
 
 
-def wait_for_training(trace: Path) -> None:
+def wait_for_training(trace: Path, processes: int) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not list(trace.iterdir()) and time.monotonic() < deadline:
+    while len(list(trace.iterdir())) < processes and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -240,7 +251,7 @@ def test_a_signal_reaches_all_and_saves_once(tmp_path, number, to_all):
     (trace := tmp_path / "trace").mkdir()
     words = (*NETWORK, "--output_dir", tmp_path / "run", "--epochs", "1000", *distributed(2))
     started = Started(*words, SMALL_TASK_TRACE=str(trace))
-    wait_for_training(trace)
+    wait_for_training(trace, 2)
     (os.killpg if to_all else os.kill)(started.process.pid, number)
     status, out, err = started.end()
     assert (status, err) == (128 + number, "")
@@ -253,7 +264,7 @@ def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
     (trace := tmp_path / "trace").mkdir()
     words = (*NETWORK, "--output_dir", tmp_path / "run", "--epochs", "1000", *distributed(2))
     started = Started(*words, SMALL_TASK_TRACE=str(trace))
-    wait_for_training(trace)
+    wait_for_training(trace, 2)
     started.process.kill()
     assert started.end()[0] == -signal.SIGKILL
 
@@ -263,7 +274,7 @@ def test_torchrun_passes_a_signal_on(tmp_path):
     (trace := tmp_path / "trace").mkdir()
     words = (*NETWORK, "--output_dir", tmp_path / "run", "--epochs", "1000", *GLOO)
     started = Started(*words, prefix=("torchrun", "--standalone", "--nproc_per_node", "2"), SMALL_TASK_TRACE=str(trace))
-    wait_for_training(trace)
+    wait_for_training(trace, 2)
     started.process.terminate()
     status, out, _ = started.end()
     assert status != 0 and out.count("interrupted") == 1

@@ -73,7 +73,7 @@ def test_two_nodes_train_as_one_process_does(hosts, single, tmp_path):  # noqa: 
 def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
     (trace := tmp_path / "trace").mkdir()
     both = start_both(hosts, tmp_path, "--epochs", "1000", SMALL_TASK_TRACE=str(trace))
-    wait_for_training(trace)
+    wait_for_training(trace, 2)
     folder, start = tmp_path / hosts[0], time.monotonic()
     while not (folder / checkpoints.LAST).exists() and time.monotonic() < start + PATIENCE:
         time.sleep(0.1)

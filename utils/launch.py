@@ -471,7 +471,7 @@ def _run_children(job: Job, members: Members, options: Options, args: tuple) -> 
         for number, handler in previous.items():
             signal(number, handler)
     failed = [ending for ending in endings if ending.failed]
-    if not failed:
+    if not failed or (interruption.signal and not any(ending.cause for ending in failed)):
         status = max(ending.status for ending in endings)
         return interruption.status if status and interruption.signal else status
     first = next((ending for ending in failed if ending.cause), failed[0])

@@ -83,6 +83,10 @@ def unavailable(device_type: str) -> str | None:
         return f"its kernels run on a CPU, not on {device_type}"
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return "no C++ compiler found; install g++ or set CXX"
+    try:
+        library()
+    except (subprocess.CalledProcessError, OSError) as failure:
+        return f"its kernels cannot be compiled and loaded ({failure}); set CXX to another compiler"
     return None
 
 
