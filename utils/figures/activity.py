@@ -330,7 +330,7 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
     phases = _phases(trial, zoom, left, TWO_COLUMNS - left - 4)
     chosen = [(population, representative(population, zoom, count)) for population in _taking_part(trial, phases)]
     bottom = 4 + sum(title + len(neurons) * (height + gap) for _, neurons in chosen)
-    figure = new_figure(TWO_COLUMNS, bottom + 7)
+    figure = new_figure(TWO_COLUMNS, bottom + 10)
     for phase in phases:
         _head(figure, phase)
     y = 4.0
@@ -350,15 +350,8 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
             axes[0].yaxis.set_major_locator(MaxNLocator(3))
             add_text(figure, left - 9, y + height / 2, f"neuron\n{neuron}", ha="right", va="center", size=6)
             y += height + gap
-    add_text(
-        figure,
-        TWO_COLUMNS - 4,
-        bottom + 4.5,
-        "v: membrane potential. θ: threshold (dashed). Ticks above: spikes.",
-        ha="right",
-        size=6,
-        color=GREY,
-    )
+    words = "v: membrane potential. θ: threshold (dashed). Ticks above: spikes."
+    add_text(figure, TWO_COLUMNS - 4, bottom + 8, words, ha="right", size=6, color=GREY)
     return figure
 
 
