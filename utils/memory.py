@@ -31,7 +31,7 @@ def needed(backend: str, options: Mapping[str, Any], batch: int) -> int:
         # Gradients of the weights for each of 64 chunks of the batch; for each thread, one sample's states in time.
         a_thread = _FLOAT * (steps // 16 * M**2 + 8 * steps * (E + M))
         fixed = _FLOAT * weights * (64 + 4) + torch.get_num_threads() * a_thread
-        return _START + fixed + batch * (sample + 4 * _FLOAT * (2 * L + 1) * E)
+        return _START + fixed + batch * (sample + 3 * _FLOAT * (2 * L + 1) * E)
     arrays = steps * (10 * E + 11 * M) + (steps // 16 + 4) * M**2
     return 2**29 + 4 * _FLOAT * weights + batch * (sample + _FLOAT * arrays)
 
