@@ -227,6 +227,20 @@ def test_a_process_that_dies_ends_all_and_the_last_checkpoint_goes_on(tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_death_is_told_on_every_node(tmp_path):
+    where = ("--world_size", "2", *GLOO, "--dist_url", f"tcp://127.0.0.1:{free_port()}", "--output_dir", tmp_path)
+    nodes = [
+        Started(*NETWORK, "--epochs", "2", *where, "--rank", str(rank), SMALL_TASK_FAIL="1:3:SIGKILL") for rank in range(2)
+    ]
+    for node in nodes:
+        status, _, err = node.end()
+        assert status == 1
+        assert re.fullmatch(
+            r"error: rank 1 \(process \d+ on \S+\) was killed by SIGKILL; the same command .* checkpoint\n", err
+        )
+
+
+@pytest.mark.slow
 def test_a_failure_told_in_one_line_ends_all(tmp_path):
     status, _, err = run(*NETWORK, "--output_dir", tmp_path, "--epochs", "2", *distributed(2), SMALL_TASK_FAIL="0:3:user")
     assert (status, err) == (1, "error: rank 0: the disk is full\n")
