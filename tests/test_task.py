@@ -293,8 +293,10 @@ def test_what_is_missing_is_named(capsys, tmp_path, monkeypatch, arguments, name
 PUBLISHED_DEFAULTS = """{
     sequence_length: 10, num_classes: 10, feature_size: 10, inf_data: 1, num_time_steps: 100, workers: 4, prefetch_factor: 2,
     embedding_size: 80, memory_size: 100, w_max: 1.0, gamma_pos: 0.3, gamma_neg: 0.3, tau_trace: 20.0, readout_delay: 1,
-    thr: 0.1, perfect_reset: false, refractory_time_steps: 3, tau_mem: 20.0, dampening_factor: 1.0, epochs: 250, batch_size: 512,
-    learning_rate: 0.003, learning_rate_decay: 0.85, decay_learning_rate_every: 20, max_grad_norm: 40.0, l2: 1.0e-5,
+    thr: 0.1, perfect_reset: false, refractory_time_steps: 3, tau_mem: 20.0, dampening_factor: 1.0, epochs: 250,
+    batch_size: 512,
+    learning_rate: 0.003, learning_rate_decay: 0.85, decay_learning_rate_every: 20, max_grad_norm: 40.0,
+    l2: 1.0e-5,
     target_rate: 0.0, start_epoch: 0, resume: "", check_params: 1, evaluate: false, logging: false, print_freq: 1,
     world_size: -1, rank: -1, dist_url: "tcp://127.0.0.1:23456", dist_backend: nccl, seed: null, dataset_seed: 42, gpu: null,
     multiprocessing_distributed: false}"""
