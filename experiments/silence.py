@@ -144,7 +144,7 @@ PANELS = (
 def draw(tables: list[Path]) -> Figure:
     """The first steps of some trainings, a line each; and for the first, which weights take the reading values their spikes."""
     trainings = {path.stem: read(path) for path in tables}
-    figure = new_figure(TWO_COLUMNS, 98)
+    figure = new_figure(TWO_COLUMNS, 88)
     for panel, (title, unit, column) in enumerate(PANELS):
         ax = _panel(figure, panel, title, unit)
         for colour, (name, columns) in zip(SERIES, trainings.items(), strict=False):
@@ -167,9 +167,9 @@ def draw(tables: list[Path]) -> Figure:
 
 
 def _panel(figure: Figure, number: int, title: str, unit: str) -> Axes:
-    x, y = 14 + 60.5 * (number % 3), 8 + 49 * (number // 3)
+    x, y = 14 + 60.5 * (number % 3), 8 + 44 * (number // 3)
     add_heading(figure, x - 12, y - 3, "abcdef"[number], title, 12)
-    ax = add_axes(figure, x, y, 45, 32)
+    ax = add_axes(figure, x, y, 45, 27)
     ax.set(xlabel="Training step", ylabel=unit)
     return ax
 
