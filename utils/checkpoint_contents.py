@@ -41,7 +41,7 @@ def checked(content: Any) -> dict[str, Any]:
 def _checked(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or not _PUBLISHED_KEYS & content.keys():
         raise ValueError("not a checkpoint of this program or of the published one")
-    published = "sample" not in content and "digest" not in content
+    published = not {"sample", "history", "running", "digest"} & content.keys()
     if missing := (_PUBLISHED_KEYS if published else set(KEYS)) - content.keys():
         raise ValueError(f"lacks {', '.join(sorted(missing))}; use another checkpoint")
 
