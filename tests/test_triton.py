@@ -74,7 +74,7 @@ def inputs(batch, length, embedding, memory):
         return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
 
     currents = [uniform(0, 1, *shape) for shape in ((batch, length, embedding), (batch, length, embedding), (batch, embedding))]
-    weights = uniform(-0.15, 0.3, 2 * memory, 2 * embedding), uniform(-0.15, 0.3, memory, embedding + memory)
+    weights = uniform(-0.2, 0.3, 2 * memory, 2 * embedding), uniform(-0.3, 0.4, memory, embedding + memory)
     return [x.to(DEVICE).requires_grad_() for x in (*currents, *weights)]
 
 
