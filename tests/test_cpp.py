@@ -1,0 +1,151 @@
+"""The fused CPU kernels against the reference: any sizes, any options, any number of threads."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+import data
+import models
+from models.kernels import POPULATIONS, cpp
+
+sizes = st.fixed_dictionaries(
+    {
+        "length": st.integers(1, 4),
+        "batch": st.integers(0, 4),
+        "num_classes": st.integers(4, 6),
+        "feature_size": st.integers(1, 5),
+        "embedding_size": st.integers(1, 20),
+        "memory_size": st.sampled_from([1, 2, 7, 8, 9, 16, 17, 33]),
+        "num_time_steps": st.integers(1, 45),
+        "readout_delay": st.integers(1, 60),
+        "refractory_time_steps": st.integers(0, 5),
+        "perfect_reset": st.booleans(),
+        "thr": st.floats(0.02, 0.3),
+        "tau_mem": st.floats(1.0, 50.0),
+        "tau_trace": st.floats(0.5, 50.0),
+        "w_max": st.floats(0.1, 3.0),
+        "gamma_pos": st.floats(0.0, 1.0),
+        "gamma_neg": st.floats(0.0, 1.0),
+        "dampening_factor": st.floats(0.0, 2.0),
+    }
+)
+
+
+def draw(options, dtype, seed=0):
+    samples = data.training_samples(
+        0, options["batch"], 0, options["length"], options["num_classes"], options["feature_size"], seed
+    )
+    return samples.features.to(dtype), samples.labels, samples.query.to(dtype), samples.answer
+
+
+def forward_and_backward(options, backend, dtype=torch.float64):
+    """Logits, rates and activity, and the gradients of an objective that touches all of them."""
+    torch.manual_seed(1)
+    model = models.build_model(options, backend).to(dtype)
+    features, labels, query, answer = draw(options, dtype)
+    output = model(features, labels, query, record=True)
+    objective = cross_entropy(output.logits, answer, reduction="sum")
+    for n, name in enumerate(POPULATIONS):  # another weight for every count
+        rates = output.rates[name]
+        objective = objective + 1e-3 * (rates * torch.linspace(-1, n, rates.numel(), dtype=dtype).view_as(rates)).sum()
+    gradients = torch.autograd.grad(objective, list(model.parameters()))
+    return output, gradients
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(sizes)
+def test_any_sizes_and_options_agree_with_the_reference(options):
+    theirs, their_gradients = forward_and_backward(options, "reference")
+    ours, our_gradients = forward_and_backward(options, "cpp")
+    for name in POPULATIONS:
+        assert torch.equal(ours.activity[name], theirs.activity[name]), name
+        torch.testing.assert_close(ours.rates[name], theirs.rates[name], rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.activity["memory"], theirs.activity["memory"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-9, atol=1e-12)
+    for gradient, expected in zip(our_gradients, their_gradients, strict=True):
+        scale = max(expected.abs().max().item(), 1e-6) if expected.numel() else 1.0
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-9 * scale)
+
+
+DEFAULT = {"length": 10, "batch": 3, "num_classes": 10, "feature_size": 10, "num_time_steps": 30}
+
+
+def test_float32_differs_from_the_reference_in_few_spikes():
+    theirs, _ = forward_and_backward(DEFAULT, "reference", torch.float32)
+    ours, _ = forward_and_backward(DEFAULT, "cpp", torch.float32)
+    for name in POPULATIONS:
+        share = (ours.activity[name] != theirs.activity[name]).float().mean().item()
+        assert share < 0.01, f"{share:.2%} of the spikes of {name} differ"
+
+
+def operands(options, dtype):
+    """The network, and its currents and weights as the kernels get them."""
+    torch.manual_seed(1)
+    model = models.build_model(options, "cpp").to(dtype)
+    features, labels, query, _ = draw(options, dtype)
+    gain = model.sizes.embedding_size
+    currents = gain * model.input_layer(features), gain * model.embedding_layer(labels), gain * model.input_layer(query)
+    return model, [x.detach().requires_grad_() for x in (*currents, model.writing_layer.W, model.reading_layer.W)]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 130])
+def test_results_do_not_depend_on_the_number_of_threads(batch):
+    model, inputs = operands(DEFAULT | {"batch": batch, "length": 2}, torch.float32)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            recalled = cpp.store_and_recall(*inputs, model.dynamics)
+            outputs = [recalled.readout, *recalled.spike_counts.values()]
+            gradients = torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])
+            results.append((*outputs, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    assert all(gradient.any() for gradient in gradients)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_a_long_sequence():
+    golden_like = {"length": 55, "batch": 1, "num_classes": 55, "feature_size": 10, "num_time_steps": 20, "memory_size": 20}
+    theirs, their_gradients = forward_and_backward(golden_like, "reference")
+    ours, our_gradients = forward_and_backward(golden_like, "cpp")
+    assert all(torch.equal(ours.activity[name], theirs.activity[name]) for name in POPULATIONS)
+    for gradient, expected in zip(our_gradients, their_gradients, strict=True):
+        assert (gradient - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_the_readout_alone_and_without_gradient():
+    model = models.build_model(DEFAULT, "cpp")
+    features, labels, query, _ = draw(DEFAULT, torch.float32)
+    with torch.no_grad():
+        alone = model(features, labels, query)
+    recorded = model(features, labels, query, record=True)
+    assert alone.activity is None
+    assert torch.equal(alone.logits, recorded.logits)
+    torch.autograd.grad(recorded.logits.sum(), list(model.parameters()))
+
+
+def test_every_element_of_the_results_is_written():
+    """Memory that is handed out again holds what was there: poison it."""
+    poison = [torch.full((n,), float("nan")) for n in (1_000, 10_000, 100_000, 1_000_000) for _ in range(4)]
+    expected = forward_and_backward(DEFAULT, "cpp", torch.float32)
+    del poison
+    again = forward_and_backward(DEFAULT, "cpp", torch.float32)
+    assert torch.equal(again[0].logits, expected[0].logits)
+    for tensor in (*again[0].activity.values(), *again[0].rates.values(), *again[1], again[0].logits):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_registered_operations_pass_opcheck(record):
+    options = {"length": 2, "batch": 2, "num_classes": 4, "feature_size": 3, "embedding_size": 5, "memory_size": 6}
+    model, inputs = operands(options | {"num_time_steps": 10}, torch.float64)
+    torch.library.opcheck(cpp._forward, (*inputs, cpp._constants(model.dynamics), record))
+
+
+def test_it_runs_on_a_cpu_only():
+    assert cpp.unavailable("cpu") is None
+    assert "CPU" in cpp.unavailable("cuda")
