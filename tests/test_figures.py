@@ -268,7 +268,8 @@ def test_another_length_than_trained_on_can_be_drawn(capsys, tmp_path):
 
 def test_seed_chooses_a_sample(capsys, tmp_path):
     arguments = ("--checkpoint_path", PUBLISHED, "--figure", "memory", "--output", tmp_path / "a.png")
-    assert run(capsys, *arguments, "--seed", 1) != run(capsys, *arguments, "--seed", 2)
+    first, second, again = (run(capsys, *arguments, "--seed", seed) for seed in (1, 2, 1))
+    assert first == again != second
     assert "sample            5 of" in run(capsys, *arguments, "--seed", 1, "--example", 5)
 
 
