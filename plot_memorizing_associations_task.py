@@ -87,7 +87,7 @@ GROUPS = {
         _published("backend"),
     ),
     "where to": (
-        Option("output", "", str, "folder, or PNG, PDF or SVG file for one figure (default: figures/ beside the input)"),
+        Option("output", "", str, "folder, or PNG, PDF or SVG file for one figure; empty: figures/ beside the input"),
         Option("format", "png", str, "format of the files in a folder", choices=tuple(figures.FORMATS)),
         Option("show", False, bool, "show the figures in windows, too"),
         Option("save_data", "", str, "NumPy file (.npz) for all numbers that the figures are drawn from"),

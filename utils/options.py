@@ -300,7 +300,7 @@ class Parser(argparse.ArgumentParser):
 
     def _add(self, group, option: Option) -> None:
         spellings = dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}"))
-        default = {None: "none", "": "empty"}.get(option.default, option.default)
+        default = {None: "none", (): "none", "": "empty"}.get(option.default, option.default)
         text = f"{option.help} (default: {default})".replace("%", "%%")
         if option.kind is bool:
             group.add_argument(*spellings, action=argparse.BooleanOptionalAction, dest=option.name, help=text)

@@ -149,7 +149,9 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
 
     classes_width = float(np.clip(4.0 * len(trial.logits), 55, 90))
     neurons_width = TWO_COLUMNS - left - classes_width - 23
-    add_heading(figure, 2, bottom - 2, next(letters), f"Readout: spikes in the last {trial.readout_steps} ms", left - 2)
+    add_heading(
+        figure, 2, bottom - 2, next(letters), f"Readout: spikes in the last {trial.duration_ms - trial.readout_ms} ms", left - 2
+    )
     _draw_readout(add_axes(figure, left, bottom, neurons_width, 22), trial, zoom)
     add_heading(figure, left + neurons_width + 8, bottom - 2, next(letters), "Output", 12)
     _draw_logits(add_axes(figure, left + neurons_width + 20, bottom, classes_width, 22), trial, classes_width)
