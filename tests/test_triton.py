@@ -210,6 +210,26 @@ def test_operations_are_registered_as_torch_library_wants():
 
 
 @runs_kernels
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_gradients_of_some_outputs_only(used):
+    """Unused outputs have gradients of None."""
+    dynamics = quick(num_time_steps=3)
+
+    def gradients(backend):
+        memory, _, values = backend.hebbian_write(*currents, dynamics)
+        read = backend.hebbian_read(currents[0], memory, weight, dynamics)
+        return torch.autograd.grad([values, *read][used].sum(), [*currents, weight], allow_unused=True)
+
+    torch.manual_seed(0)
+    currents = [torch.rand(1, 6, 3, device=DEVICE, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    weight = torch.rand(3, 3, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    for ours, theirs in zip(gradients(fused), gradients(reference), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert_close(ours, theirs)
+
+
+@runs_kernels
 def test_strided_inputs():
     """Gradients of sums are expanded, a transposed memory is not contiguous: kernels count on contiguous tensors."""
     current, weight = (

@@ -117,6 +117,11 @@ def _constants(cls, values: list[float]):
     return cls(*(f.type(value) for f, value in zip(fields(cls), values, strict=True)))
 
 
+def _without_gradient(ctx, outputs: list[Tensor]) -> None:
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)  # or PyTorch makes zeros of their sizes, as large as all that is kept
+
+
 def _tile(size: int, elements: int) -> dict[str, int]:
     """Rows and columns of a tile of about so many elements that spans the columns of a size x size matrix."""
     columns = triton.next_power_of_2(size)
@@ -289,12 +294,15 @@ def _groups_that_fill(device: torch.device, batch: int) -> int:
 def _write_setup(ctx, inputs, output):
     key_spikes, _, *ctx.constants, _ = inputs
     _, _, *kept = output
-    ctx.mark_non_differentiable(*kept)
+    _without_gradient(ctx, kept)
     ctx.save_for_backward(key_spikes, *kept)
 
 
 def _write_gradient(ctx, grad_memory, grad_values, *_):
     key_spikes, *kept = ctx.saved_tensors
+    batch, _, size = key_spikes.shape
+    grad_memory = key_spikes.new_zeros(batch, size, size) if grad_memory is None else grad_memory
+    grad_values = torch.zeros_like(key_spikes) if grad_values is None else grad_values
     return *_write_backward(grad_memory, grad_values, key_spikes, kept, *ctx.constants), None, None, None, None
 
 
@@ -372,13 +380,15 @@ def _(grad_keys, grad_values, key_membranes, *_):
 def _read_setup(ctx, inputs, output):
     _, memory, weight, *ctx.constants = inputs
     keys, values, *membranes = output
-    ctx.mark_non_differentiable(*membranes)
+    _without_gradient(ctx, membranes)
     ctx.save_for_backward(memory, weight, keys, values, *membranes)
 
 
 def _read_gradient(ctx, grad_keys, grad_values, *_):
     memory, weight, keys, values, *membranes = ctx.saved_tensors
     delay, _ = ctx.constants
+    grad_keys = torch.zeros_like(keys) if grad_keys is None else grad_keys
+    grad_values = torch.zeros_like(keys) if grad_values is None else grad_values
     to_keys, to_values = _read_backward(grad_keys, grad_values, *membranes, memory, weight, *ctx.constants)
     grad_memory = to_values.transpose(1, 2) @ keys
     grad_weight = torch.einsum("bti,btj->ij", to_keys[:, delay:], values[:, : max(0, values.shape[1] - delay)])
