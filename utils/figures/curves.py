@@ -74,7 +74,15 @@ def training_curves(runs: Sequence[Curves]) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if len(series) > 1:
-            ax.legend(loc="lower right", bbox_to_anchor=(1.02, 1.0), ncols=3, borderpad=0, columnspacing=0.8, handletextpad=0.4)
+            ax.legend(
+                loc="lower right",
+                bbox_to_anchor=(1.02, 1.0),
+                ncols=3,
+                borderpad=0,
+                columnspacing=0.6,
+                handlelength=1,
+                handletextpad=0.3,
+            )
     if len(groups) > 1:
         _draw_labels(figure, groups, colours, left, grid)
     return figure
