@@ -17,7 +17,7 @@ from torch import Tensor
 from models.kernels.reference import POPULATIONS, Dynamics, Recalled
 
 SOURCE = Path(__file__).with_name("store_and_recall.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-fno-tree-loop-distribute-patterns")
 CACHE_VARIABLE = "MEMORIZING_ASSOCIATIONS_CACHE"
 INTEGERS = (
     "batch",
@@ -42,6 +42,7 @@ TENSORS = (
     "counts",
     "spikes",
     "memory",
+    "value_order",
     "grad_readout",
     "grad_counts",
     "grad_features",
@@ -120,12 +121,12 @@ def _forward(
     read_weight: Tensor,
     constants: list[float],
     record: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    readout, counts, spikes, memory = _empty(features, labels, query, write_weight, read_weight, constants, record)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    results = _empty(features, labels, query, write_weight, read_weight, constants, record)
     inputs = (x.contiguous() for x in (features, labels, query, write_weight, read_weight))
-    spikes.zero_()
-    _call("forward", constants, dict(zip(TENSORS, (*inputs, readout, counts, spikes, memory), strict=False)))
-    return readout, counts, spikes, memory
+    results[2].zero_()  # the kernel writes only where a neuron fires
+    _call("forward", constants, dict(zip(TENSORS, (*inputs, *results), strict=False)))
+    return results
 
 
 @_forward.register_fake
@@ -138,6 +139,7 @@ def _empty(features, labels, query, write_weight, read_weight, constants, record
         features.new_empty(batch, _counts_size(features, read_weight)),
         features.new_empty(spikes),
         features.new_empty((batch, size, size) if record else 0),
+        features.new_empty((batch, size), dtype=torch.int32),
     )
 
 
@@ -150,28 +152,29 @@ def _backward(
     query: Tensor,
     write_weight: Tensor,
     read_weight: Tensor,
+    value_order: Tensor,
     constants: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = [x.contiguous() for x in (features, labels, query, write_weight, read_weight)]
     gradients = tuple(torch.zeros_like(x) for x in inputs)
     tensors = dict(zip(TENSORS, inputs, strict=False))
-    tensors |= {"grad_readout": grad_readout.contiguous(), "grad_counts": grad_counts.contiguous()}
+    tensors |= {"value_order": value_order, "grad_readout": grad_readout.contiguous(), "grad_counts": grad_counts.contiguous()}
     tensors |= dict(zip(TENSORS[-5:], gradients, strict=True))
     _call("backward", constants, tensors)
     return gradients
 
 
 @_backward.register_fake
-def _(grad_readout, grad_counts, features, labels, query, write_weight, read_weight, constants):
+def _(grad_readout, grad_counts, features, labels, query, write_weight, read_weight, value_order, constants):
     return tuple(torch.empty_like(x) for x in (features, labels, query, write_weight, read_weight))
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.constants, _ = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[-1])
 
 
-def _autograd(ctx, grad_readout, grad_counts, grad_spikes, grad_memory):
+def _autograd(ctx, grad_readout, grad_counts, *_):
     return *_backward(grad_readout, grad_counts, *ctx.saved_tensors, ctx.constants), None, None
 
 
@@ -189,7 +192,7 @@ def store_and_recall(
 ) -> Recalled:
     """As `reference.store_and_recall`."""
     (batch, pairs, embedding), size = features_current.shape, read_weight.shape[0]
-    readout, counts, spikes, memory = _forward(
+    readout, counts, spikes, memory, _ = _forward(
         features_current, labels_current, query_current, write_weight, read_weight, _constants(dynamics), record
     )
     widths = (embedding,) * 3 + (size,) * 4

@@ -39,6 +39,7 @@ struct Options {
 template <class T> struct Tensors {
     const T *features, *labels, *query, *write_weight, *read_weight;
     T *readout, *counts, *spikes, *memory;
+    int32_t* value_order;  // B x M, value neurons in the order of their first spikes: from forward to backward
     const T *grad_readout, *grad_counts;
     T *grad_features, *grad_labels, *grad_query, *grad_write_weight, *grad_read_weight;
 };
@@ -97,6 +98,19 @@ template <class T, int H> struct Halves {
     }
 };
 
+// Writes first + i for every bit i, and perhaps rubbish up to 16 places further; returns how many.
+inline int write_indices(uint32_t bits, int first, int32_t* to) {
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(bits, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
+    return __builtin_popcount(bits);
+#else
+    int n = 0;
+    for (; bits; bits &= bits - 1) to[n++] = first + __builtin_ctz(bits);
+    return n;
+#endif
+}
+
 // Sums of LANES vectors, as the lanes of one.
 template <class T, int H = LANES<T> / 2> Vec<T> sums(Vec<T>* v) {
     if constexpr (H == 0) return v[0];
@@ -147,6 +161,15 @@ public:
         }
         return data.get();
     }
+    T* grow(size_t n) {  // keeps the contents
+        if (n > size) {
+            Buffer bigger;
+            bigger.get(2 * n);
+            if (size) std::copy_n(data.get(), size, bigger());
+            std::swap(*this, bigger);
+        }
+        return data.get();
+    }
     T* filled(size_t n, T value) {
         T* p = get(n);
         std::fill_n(p, n, value);
@@ -169,23 +192,11 @@ public:
         ends.get(steps + 1);
         ends()[0] = size = 0;
     }
-    // The neurons `first` + i for every bit i.
-    void add(uint32_t bits, int first) {
-        for (; bits; bits &= bits - 1) neurons()[size++] = first + __builtin_ctz(bits);
-    }
-    void end_step(int64_t t) { ends()[t + 1] = size; }
+    int32_t* next() { return neurons() + size; }  // where the neurons that fire now go
+    void end_step(int64_t t, const int32_t* end) { ends()[t + 1] = size = end - neurons(); }
     const int32_t* begin(int64_t t) { return neurons() + ends()[t]; }
     const int32_t* end(int64_t t) { return neurons() + ends()[t + 1]; }
 };
-
-// The indices at which a padded row is not zero.
-template <class T> int nonzeros(const T* row, int nv, int32_t* index) {
-    int n = 0;
-    for (int b = 0; b < nv; ++b)
-        for (uint32_t some = bits(vec(row)[b] != Vec<T>{}); some; some &= some - 1)
-            index[n++] = b * LANES<T> + __builtin_ctz(some);
-    return n;
-}
 
 // A population of LIF neurons and, for the backward, what every step's adjoint needs.
 template <class T> struct Lif {
@@ -196,6 +207,7 @@ template <class T> struct Lif {
     bool keep = false;
     Buffer<T> carried, wait, count;   // alpha v minus the reset; steps without firing left; spikes so far
     Buffer<T> slopes, carries, resets;
+    Buffer<char> near;  // [step][vector], whether any slope of the vector is not zero; if not, the slopes are not written
     SpikeTrain spikes;
 
     Lif(const Options& o, int width)
@@ -209,57 +221,96 @@ template <class T> struct Lif {
         keep = keep_trajectory;
         carried.zeros(width()), wait.zeros(width()), count.zeros(width());
         spikes.start(steps, width());
-        if (keep) slopes.get(steps * width());
+        if (keep) slopes.get(steps * width()), near.get(steps * nv);
         if (keep && perfect_reset) carries.get(steps * width()), resets.get(steps * width());
     }
 
     // One step.
     void step(int64_t t, const T* current) {
-        const V zero = {}, one = zero + 1;
-        for (int b = 0; b < nv; ++b) {
-            const V v = vec(carried())[b] + (1 - alpha) * vec(current)[b];
-            const V r = vec(wait())[b];
-            const V u = (v - thr) * inverse_thr;
-            const auto may_fire = r == zero, fires = (u > zero) & may_fire;
-            const V z = fires ? one : zero;
-            const V reset = perfect_reset ? alpha * v : zero + thr;
-            vec(carried())[b] = fires ? alpha * v - reset : alpha * v;
-            vec(wait())[b] = may_fire ? refractory * z : r - 1;
-            vec(count())[b] += z;
-            spikes.add(bits(fires), b * LANES<T>);
-            if (keep) {
-                const V height = 1 - (u < zero ? -u : u);
-                vec(slope(t))[b] = may_fire & (height > zero) ? slope_at_thr * height : zero;
-                if (perfect_reset) vec(carries())[t * nv + b] = alpha * (1 - z), vec(resets())[t * nv + b] = reset;
-            }
-        }
-        spikes.end_step(t);
+        if (!keep) step<false, false>(t, current);
+        else if (!perfect_reset) step<true, false>(t, current);
+        else step<true, true>(t, current);
     }
 
-    // One step of the adjoint: `dv` from dL/dv(t+1) to dL/dv(t), given that of z(t).
-    void adjoint(int64_t t, const T* dz, T* dv) {
+    template <bool keep, bool keep_resets> void step(int64_t t, const T* current) {
+        const V zero = {}, one = zero + 1;
+        const T alpha = this->alpha, thr = this->thr, inverse_thr = this->inverse_thr, refractory = this->refractory;
+        const T gain = 1 - alpha, slope_at_thr = this->slope_at_thr;
+        const bool perfect_reset = this->perfect_reset;
+        const int nv = this->nv;
+        V *carried = vec(this->carried()), *wait = vec(this->wait()), *count = vec(this->count()), *slopes = nullptr;
+        char* near = nullptr;
+        if (keep) slopes = vec(slope(t)), near = this->near() + t * nv;
+        int32_t* fired = spikes.next();
         for (int b = 0; b < nv; ++b) {
-            V carry = {}, reset = {};
-            if (perfect_reset) carry = vec(carries())[t * nv + b], reset = vec(resets())[t * nv + b];
-            else carry += alpha, reset += thr;
-            const V next = vec(dv)[b];
-            vec(dv)[b] = carry * next + vec(slope(t))[b] * (vec(dz)[b] - reset * next);
+            const V v = carried[b] + gain * vec(current)[b];
+            const V r = wait[b];
+            const V u = (v - thr) * inverse_thr;
+            const auto may_fire = r == zero, fires = (u > zero) & may_fire;
+            const V z = fires ? one : zero, decayed = alpha * v;
+            carried[b] = perfect_reset ? (fires ? zero : decayed) : decayed - thr * z;
+            wait[b] = may_fire ? refractory * z : r - 1;
+            count[b] += z;
+            fired += write_indices(bits(fires), b * LANES<T>, fired);
+            if (keep) {
+                const V height = 1 - (u < zero ? -u : u);
+                const auto is_near = may_fire & (height > zero);
+                near[b] = bits(is_near) != 0;
+                if (near[b]) slopes[b] = is_near ? slope_at_thr * height : zero;
+            }
+            if (keep_resets) vec(carries())[t * nv + b] = alpha * (1 - z), vec(resets())[t * nv + b] = decayed;
+        }
+        spikes.end_step(t, fired);
+    }
+
+    V slopes_of(int64_t t, int b) { return near()[t * nv + b] ? vec(slope(t))[b] : V{}; }
+
+    // The neurons whose spike at step t has an adjoint; returns how many.
+    int list_near(int64_t t, int32_t* neurons) {
+        int n = 0;
+        for (int b = 0; b < nv; ++b)
+            if (near()[t * nv + b]) n += write_indices(bits(vec(slope(t))[b] != V{}), b * LANES<T>, neurons + n);
+        return n;
+    }
+
+    // One step of the adjoint: `dv` from dL/dv(t+1) to dL/dv(t), given that of z(t); `dcurrent` is dL/d current(t).
+    void adjoint(int64_t t, const T* dz, T* dv, T* dcurrent) {
+        const T alpha = this->alpha, gain = 1 - alpha;
+        const V thr = V{} + this->thr;
+        const V *slopes = vec(slope(t)), *carries = nullptr, *resets = nullptr;
+        const char* near = this->near() + t * nv;
+        if (perfect_reset) carries = vec(this->carries()) + t * nv, resets = vec(this->resets()) + t * nv;
+        for (int b = 0, n = nv; b < n; ++b) {
+            const V later = vec(dv)[b];
+            V now = carries ? carries[b] * later : alpha * later;
+            if (near[b]) now += slopes[b] * (vec(dz)[b] - (resets ? resets[b] : thr) * later);
+            vec(dv)[b] = now;
+            vec(dcurrent)[b] = gain * now;
         }
     }
 };
 
 // ----------------------------------------------------------------------------------------------------------- products
 
-constexpr int TILE = 2;  // vectors of a weight row taken at a time, so that the tile of all rows stays in first-level cache
+// The sum of the listed rows' tiles of N vectors, in two chains of additions.
+template <int N, class V> inline void sum_tiles(const int32_t* index, const int32_t* end, const V* tiles, int64_t stride, V* total) {
+    V even[N], odd[N] = {};
+    for (int b = 0; b < N; ++b) even[b] = total[b];
+    for (; index + 1 < end; index += 2)
+        for (int b = 0; b < N; ++b) even[b] += tiles[index[0] * stride + b], odd[b] += tiles[index[1] * stride + b];
+    if (index < end)
+        for (int b = 0; b < N; ++b) even[b] += tiles[*index * stride + b];
+    for (int b = 0; b < N; ++b) total[b] = even[b] + odd[b];
+}
 
-// The sum of the rows of the neurons that fired, for steps begin to end: out[t] = sum of rows[j], each of nv vectors.
+// The sum of the rows of the neurons that fired, for steps begin to end: out[t] = sum of rows[j], each of nv vectors (even).
+// Tile by tile, so that one tile of all rows stays in first-level cache.
 template <class T> void sum_rows(SpikeTrain& spikes, int64_t begin, int64_t end, const T* rows, int nv, T* out) {
-    using V = Vec<T>;
+    constexpr int TILE = 2;
     for (int tile = 0; tile < nv; tile += TILE)
         for (int64_t t = begin; t < end; ++t) {
-            V total[TILE] = {};
-            for (const int32_t *j = spikes.begin(t), *last = spikes.end(t); j != last; ++j)
-                for (int b = 0; b < TILE; ++b) total[b] += vec(rows)[int64_t(*j) * nv + tile + b];
+            Vec<T> total[TILE] = {};
+            sum_tiles<TILE>(spikes.begin(t), spikes.end(t), vec(rows) + tile, nv, total);
             for (int b = 0; b < TILE; ++b) vec(out)[(t - begin) * nv + tile + b] = total[b];
         }
 }
@@ -312,7 +363,7 @@ template <class T> struct Weights {
 // ------------------------------------------------------------------------------------------------------------- memory
 
 template <class T> constexpr int CHUNK = LANES<T>;  // steps of time taken together: as many as a vector has lanes
-constexpr int BLOCK = 128;                          // steps of the encoding population taken together; whole chunks
+constexpr int BLOCK = 96;                          // steps of the encoding population taken together; whole chunks
 
 // What the updates of one chunk have of their key: one entry a step.
 template <class T> struct KeyTrace {
@@ -323,44 +374,81 @@ template <class T> struct KeyTrace {
     }
 };
 
+// Calls f(first vector, how many) for all nv vectors of a column, in groups that fit into registers.
+constexpr int GROUP = 8;
+template <class F> inline void in_groups(int nv, const F& f) {
+    for (int first = 0, groups = (nv + GROUP - 1) / GROUP; groups > 0; --groups) {
+        const int n = (nv - first + groups - 1) / groups;
+        switch (n) {
+            case 1: f(first, std::integral_constant<int, 1>()); break;
+            case 2: f(first, std::integral_constant<int, 2>()); break;
+            case 3: f(first, std::integral_constant<int, 3>()); break;
+            case 4: f(first, std::integral_constant<int, 4>()); break;
+            case 5: f(first, std::integral_constant<int, 5>()); break;
+            case 6: f(first, std::integral_constant<int, 6>()); break;
+            case 7: f(first, std::integral_constant<int, 7>()); break;
+            case 8: f(first, std::integral_constant<int, 8>()); break;
+        }
+        first += n;
+    }
+}
+
 // N vectors of a column through the updates of steps begin to end of a chunk; `visit(s, x)` sees it before each.
 template <class T, int N, class Visit>
-inline void update(Vec<T>* column, const KeyTrace<T>& key, const T* gnu, int nv, int begin, int end, const Visit& visit) {
+inline void update(const Vec<T>* from, const KeyTrace<T>& key, const T* gnu, int nv, int begin, int end, const Visit& visit, Vec<T>* to) {
     Vec<T> x[N];
-    for (int b = 0; b < N; ++b) x[b] = column[b];
+    for (int b = 0; b < N; ++b) x[b] = from[b];
     for (int s = begin; s < end; ++s) {
         visit(s, x);
         const Vec<T>* trace = vec(gnu) + s * nv;
-        for (int b = 0; b < N; ++b) x[b] = x[b] * (key.c[s] - key.kappa[s] * trace[b]) + key.d[s];
+        const T kappa = key.kappa[s], c = key.c[s], d = key.d[s];
+        for (int b = 0; b < N; ++b) x[b] = x[b] * (c - kappa * trace[b]) + d;
     }
-    for (int b = 0; b < N; ++b) column[b] = x[b];
+    for (int b = 0; b < N; ++b) to[b] = x[b];
 }
 
 // The adjoint of `update`, from step `end` back to `begin`, for dL/dW_j / w_max = -dL/dx in `adjoint`. Adds to dL/d nu in
 // `dnu`, and the terms of dL/d kappa (to be summed over lanes) in `dkappa`.
 template <class T, int N>
-inline void update_adjoint(Vec<T>* adjoint, const Vec<T>* replayed, const KeyTrace<T>& key, const T* gnu, T* dnu, int nv, int begin,
-                           int end, Vec<T>* dkappa) {
-    Vec<T> a[N];
+inline void update_adjoint(const Vec<T>* from, const KeyTrace<T>& key, const T* gnu, int nv, int begin, int end, Vec<T>* adjoint, T* dnu,
+                           Vec<T>* dkappa) {
+    Vec<T> replayed[CHUNK<T>][N], a[N];
+    for (int b = 0; b < N; ++b) a[b] = from[b];
+    for (int s = begin; s < end; ++s) {
+        const T kappa = key.kappa[s], c = key.c[s], d = key.d[s];
+        for (int b = 0; b < N; ++b) {
+            replayed[s][b] = a[b];
+            a[b] = a[b] * (c - kappa * vec(gnu)[s * nv + b]) + d;
+        }
+    }
     for (int b = 0; b < N; ++b) a[b] = adjoint[b];
     for (int s = end - 1; s >= begin; --s) {
-        const Vec<T>*trace = vec(gnu) + s * nv, *x = replayed + s * nv;
+        const Vec<T>* trace = vec(gnu) + s * nv;
         Vec<T>* to = vec(dnu) + s * nv;
+        const T kappa = key.kappa[s], c = key.c[s], h = key.h[s];
         Vec<T> direct = {}, through_decay = {};
         for (int b = 0; b < N; ++b) {
-            const Vec<T> p = a[b] * x[b];
-            to[b] += p * key.kappa[s];
-            direct += p * (trace[b] + key.h[s]);
+            const Vec<T> p = a[b] * replayed[s][b];
+            to[b] += p * kappa;
+            direct += p * (trace[b] + h);
             through_decay += a[b];
-            a[b] *= key.c[s] - key.kappa[s] * trace[b];
+            a[b] *= c - kappa * trace[b];
         }
-        dkappa[s] += direct - key.h[s] * through_decay;
+        dkappa[s] += direct - h * through_decay;
     }
     for (int b = 0; b < N; ++b) adjoint[b] = a[b];
 }
 
-// One sample, run forward and, if asked, backward: the working memory of a thread. N: vectors of a column held in registers.
-template <class T, int N> class Sample {
+// The updates of one column in steps begin to end, between two spikes of its key and within one chunk. Its state before them is
+// kept.
+struct Segment {
+    int32_t key, begin, end;
+    int32_t live;   // vectors of it that are not zero
+    int64_t start;  // where these are kept
+};
+
+// One sample, run forward and, if asked, backward: the working memory of a thread.
+template <class T> class Sample {
     using V = Vec<T>;
     static constexpr int C = CHUNK<T>;
     enum { FEATURES, LABELS, QUERY, KEYS, VALUES, READ_KEYS, READ_VALUES };
@@ -372,30 +460,35 @@ template <class T, int N> class Sample {
     const int Ep, Mp, mv;                   // E and M padded, vectors of M
     const T alpha, beta, gamma_pos, gamma_neg, w_max, feedback;
     int64_t sample = 0;
+    size_t open_segments = 0;  // those before the time the backward has reached
     bool keep = false;
 
     Lif<T> encoder, query, keys, values, read_keys, read_values;
     Buffer<T> current, drive, readout;
+    Buffer<int32_t> order;          // the value neuron at each place; `write` to `drive` and all of the memory follow it
+    Buffer<T> write_rows_, write_grads;  // weights.write and its gradient, values in this order
+    int live = 0;                   // vectors of value neurons of which any has fired: the rest of the memory is zero
+    Buffer<int32_t> first_value_spike, live_at;  // live at the end of each chunk
+    Buffer<T> natural;  // the memory after writing, values in their natural order
     Buffer<T> x_;            // [key][value], 1 - W / w_max
     Buffer<T> traces;        // [key][steps], kappa
     Buffer<T> trace_rows;    // [chunk step][key]
     Buffer<T> gnu_;          // [steps][value], gamma_pos nu
-    Buffer<T> checkpoints;   // [chunk][key][value], x at the start of the chunk
+    std::vector<Segment> segments;  // in the order of their ends
+    Buffer<T> starts;               // x before each segment
+    int64_t starts_size = 0;
     Buffer<int64_t> up_to_, first_spike_;
     // backward
     Buffer<T> mu_;           // [key][value], dL/dW / w_max
-    Buffer<T> replay_;       // [key][chunk step][value], x before each step
     Buffer<T> dnu_, g_, dz_, dv_, dquery_, dkappa_, through_memory, sums_of_keys, count_grads, encoder_dv;
     Buffer<int32_t> index, times;
-    Buffer<uint32_t> fired_bits;
-    std::vector<char> seen;  // whether anything later in time sees column j
+    Buffer<uint32_t> near_bits;  // the steps of the chunk at which a key's surrogate derivative is not zero
+    std::vector<char> seen, touched;  // whether anything later in time sees column j; whether it has sums in this chunk
 
     T* x(int64_t j) { return x_() + j * Mp; }
-    T* trace(int64_t j) { return traces() + j * chunks * C; }
+    T* trace(int64_t start, int64_t j) { return traces() + (start * Mp + j * C); }  // in the chunk from step `start`
     T* gnu(int64_t t) { return gnu_() + t * Mp; }
     T* mu(int64_t j) { return mu_() + j * Mp; }
-    T* checkpoint(int64_t chunk, int64_t j) { return checkpoints() + (chunk * M + j) * Mp; }
-    T* replay(int64_t j) { return replay_() + j * C * Mp; }
     T* g(int64_t t) { return g_() + t % BLOCK * 2 * Mp; }  // adjoint of the currents of keys and values, for a block
     int64_t& up_to(int64_t j) { return up_to_()[j]; }          // the step before which column j stands
     int64_t& first_spike(int64_t j) { return first_spike_()[j]; }  // or `steps`
@@ -411,6 +504,7 @@ public:
     void forward(int64_t b, bool keep_trajectory) {
         sample = b;
         keep = keep_trajectory;
+        order_values();
         write();
         read();
     }
@@ -419,6 +513,11 @@ public:
         std::copy_n(readout(), M, tensors.readout + sample * M);
         T* to = tensors.counts + sample * (3 * E + 4 * M);
         auto append = [&](const T* from, int64_t n) { to = std::copy_n(from, n, to); };
+        int32_t* by_first_spike = tensors.value_order + sample * M;
+        for (int64_t i = 0; i < M; ++i) by_first_spike[i] = i;
+        std::sort(by_first_spike, by_first_spike + M, [&](int32_t a, int32_t b) {
+            return std::make_pair(first_value_spike()[a], a) < std::make_pair(first_value_spike()[b], b);
+        });
         append(encoder.count(), E);
         append(encoder.count() + Ep, E);
         append(query.count(), E);
@@ -453,7 +552,7 @@ public:
     void backward(Weights<T>& grads) {
         load_count_grads();
         mu_.zeros(M * Mp);
-        index.get(std::max(2 * Ep, Mp));
+        index.get(std::max(2 * Ep, Mp) + 16);
         read_adjoint(grads);
         write_adjoint(grads);
     }
@@ -461,14 +560,45 @@ public:
 private:
     // ------------------------------------------------------------------------------------------------------- forward
 
+    // In the backward value neurons stand in the order of their first spikes, so that those which have fired by a step fill
+    // few vectors, and only these have any memory.
+    void order_values() {
+        order.get(Mp);
+        for (int i = 0; i < Mp; ++i) order()[i] = i;
+        if (!keep) return;
+        std::copy_n(tensors.value_order + sample * M, M, order());
+        write_rows_.get(4l * Ep * Mp);
+        for (int64_t e = 0; e < 2 * Ep; ++e) {
+            const T* from = weights.write() + e * 2 * Mp;
+            T* to = write_rows_() + e * 2 * Mp;
+            std::copy_n(from, Mp, to);
+            for (int i = 0; i < Mp; ++i) to[Mp + i] = from[Mp + order()[i]];
+        }
+    }
+    const T* write_rows() { return keep ? write_rows_() : weights.write(); }
+
+    // Column j after writing, values in their natural order.
+    const T* stored(int64_t j) {
+        if (keep) return natural() + j * Mp;
+        catch_up(j, steps);
+        return x(j);
+    }
+
     // Applies to column j all updates before step t.
     void catch_up(int64_t j, int64_t t) {
         if (first_spike(j) >= t) return;
         while (up_to(j) < t) {
             const int64_t start = up_to(j) / C * C, end = std::min(t, start + C);
-            const KeyTrace<T> key(trace(j) + start, gamma_neg);
-            for (int b = 0; b < mv; b += N)
-                update<T, N>(vec(x(j)) + b, key, gnu(start) + b * LANES<T>, mv, up_to(j) - start, end - start, [](int, V*) {});
+            const KeyTrace<T> key(trace(start, j), gamma_neg);
+            if (keep) {
+                segments.push_back({int32_t(j), int32_t(up_to(j)), int32_t(end), live, starts_size});
+                std::copy_n(x(j), live * LANES<T>, starts.grow(starts_size + Mp) + starts_size);
+                starts_size += live * LANES<T>;
+                for (int b = 8; b < 8 + live; ++b) __builtin_prefetch(vec(starts() + starts_size) + b, 1);
+            }
+            in_groups(live, [&](int b, auto n) {
+                update<T, n>(vec(x(j)) + b, key, gnu(start) + b * LANES<T>, mv, up_to(j) - start, end - start, [](int, V*) {}, vec(x(j)) + b);
+            });
             up_to(j) = end;
         }
     }
@@ -476,19 +606,29 @@ private:
     void write() {
         encoder.rest(steps, keep), keys.rest(steps, keep), values.rest(steps, keep);
         x_.filled(M * Mp, 1);
-        gnu_.zeros(chunks * C * Mp);
+        gnu_.get(chunks * C * Mp);
+        std::fill(gnu(steps), gnu(chunks * C), T(0));
+        first_value_spike.filled(Mp, steps);
+        live_at.get(chunks);
+        live = 0;
+        starts_size = 0;
         traces.get(Mp * chunks * C);
         trace_rows.zeros((C + 1) * Mp);
         up_to_.zeros(M);
         first_spike_.filled(M, steps);
         drive.get(BLOCK * 2 * Mp);
-        if (keep) checkpoints.get(chunks * M * Mp);
+        segments.clear();
         for (int64_t block = 0; block < steps; block += BLOCK) {
             const int64_t end = std::min(steps, block + BLOCK);
             encode(block, end);
-            sum_rows(encoder.spikes, block, end, weights.write(), 2 * mv, drive());
+            sum_rows(encoder.spikes, block, end, write_rows(), 2 * mv, drive());
             for (int64_t start = block; start < end; start += C) write_chunk(start, std::min(end, start + C));
         }
+        if (!keep) return;
+        natural.get(M * Mp);
+        for (int64_t j = 0; j < M; ++j)
+            if (first_spike(j) < steps)
+                for (int i = 0; i < Mp; ++i) natural()[j * Mp + order()[i]] = x(j)[i];
     }
 
     void encode(int64_t begin, int64_t end) {
@@ -505,17 +645,19 @@ private:
 
     void write_chunk(int64_t start, int64_t end) {
         T* now = drive() + start % BLOCK * 2 * Mp;
+        const T feedback = this->feedback;
         fire_keys(start, end, now);
-        if (keep) std::copy_n(x_(), M * Mp, checkpoint(start / C, 0));
         for (int64_t t = start; t < end; ++t) {
             T* value_drive = now + (t - start) * 2 * Mp + Mp;
             for (auto j = keys.spikes.begin(t); j != keys.spikes.end(t); ++j) {
                 if (first_spike(*j) == t) up_to(*j) = t;
                 catch_up(*j, t);
-                for (int b = 0; b < mv; ++b) vec(value_drive)[b] += feedback * (1 - vec(x(*j))[b]);
+                const V* column = vec(x(*j));
+                for (int b = 0, n = live; b < n; ++b) vec(value_drive)[b] += feedback * (1 - column[b]);
             }
             fire_values(t, value_drive);
         }
+        live_at()[start / C] = live;
         if (keep)
             for (int64_t j = 0; j < M; ++j) catch_up(j, end);
     }
@@ -523,6 +665,7 @@ private:
     // Keys and their traces, which do not depend on the memory.
     void fire_keys(int64_t start, int64_t end, const T* key_drive) {
         T* last = trace_rows() + C * Mp;
+        const T beta = this->beta;
         for (int s = 0; s < C; ++s) {
             T* row = trace_rows() + s * Mp;
             const T* before = s ? row - Mp : last;
@@ -531,7 +674,7 @@ private:
                 continue;
             }
             keys.step(start + s, key_drive + s * 2 * Mp);
-            for (int b = 0; b < mv; ++b) vec(row)[b] = beta * vec(before)[b];
+            for (int b = 0, n = mv; b < n; ++b) vec(row)[b] = beta * vec(before)[b];
             for (auto j = keys.spikes.begin(start + s); j != keys.spikes.end(start + s); ++j) {
                 row[*j] += 1 - beta;
                 first_spike(*j) = std::min(first_spike(*j), start + s);
@@ -542,19 +685,21 @@ private:
             V square[C];
             for (int s = 0; s < C; ++s) square[s] = vec(trace_rows())[s * mv + b];
             transpose<T>(square);
-            for (int k = 0; k < LANES<T>; ++k) *vec(trace(b * LANES<T> + k) + start) = square[k];
+            for (int k = 0; k < LANES<T>; ++k) *vec(trace(start, b * LANES<T> + k)) = square[k];
         }
     }
 
     void fire_values(int64_t t, const T* value_drive) {
         values.step(t, value_drive);
         T* row = gnu(t);
-        for (int b = 0; b < mv; ++b) {
-            V before = {};
-            if (t > 0) before = vec(row - Mp)[b];
-            vec(row)[b] = beta * before;
+        const T beta = this->beta;
+        if (t == 0) std::fill_n(row, Mp, T(0));
+        else for (int b = 0, n = mv; b < n; ++b) vec(row)[b] = beta * vec(row - Mp)[b];
+        for (auto i = values.spikes.begin(t); i != values.spikes.end(t); ++i) {
+            row[*i] += gamma_pos * (1 - beta);
+            first_value_spike()[*i] = std::min<int32_t>(first_value_spike()[*i], t);
+            live = std::max(live, *i / LANES<T> + 1);
         }
-        for (auto i = values.spikes.begin(t); i != values.spikes.end(t); ++i) row[*i] += gamma_pos * (1 - beta);
     }
 
     void read() {
@@ -572,8 +717,9 @@ private:
 
             std::fill_n(sum, Mp, T(0));
             for (auto j = read_keys.spikes.begin(t); j != read_keys.spikes.end(t); ++j) {
-                catch_up(*j, steps);
-                for (int b = 0; b < mv; ++b) vec(sum)[b] += w_max * (1 - vec(x(*j))[b]);
+                if (first_spike(*j) == steps) continue;
+                const T* column = stored(*j);
+                for (int b = 0; b < mv; ++b) vec(sum)[b] += w_max * (1 - vec(column)[b]);
             }
             read_values.step(t, sum);
             if (t >= T_ - o.readout_steps)
@@ -596,6 +742,9 @@ private:
             std::copy_n(from, n, count_grad(population));
             from += n;
         }
+        T* values = count_grad(VALUES);
+        std::copy_n(values, Mp, dz_.get(std::max(Ep, Mp)));
+        for (int i = 0; i < Mp; ++i) values[i] = dz_()[order()[i]];
     }
 
     void read_adjoint(Weights<T>& grads) {
@@ -609,31 +758,28 @@ private:
             if (t >= T_ - o.readout_steps)
                 for (int64_t i = 0; i < M; ++i) dz[i] += tensors.grad_readout[sample * M + i];
             if (const int64_t then = t + o.readout_delay; then < T_)
-                dots<T>(index(), nonzeros(read_values.slope(t), mv, index()), [&](int64_t i) { return weights.feedback() + i * Mp; },
+                dots<T>(index(), read_values.list_near(t, index()), [&](int64_t i) { return weights.feedback() + i * Mp; },
                      plain, dkeys + then * Mp, mv, T(1), dz);
-            read_values.adjoint(t, dz, dv_values);
-            for (int b = 0; b < mv; ++b) vec(dvalues)[b] = (1 - alpha) * vec(dv_values)[b];
+            read_values.adjoint(t, dz, dv_values, dvalues);
 
             std::copy_n(count_grad(READ_KEYS), Mp, dz);
-            const int n = nonzeros(read_keys.slope(t), mv, index());
-            for (int k = 0; k < n; ++k) if (index()[k] < M) catch_up(index()[k], steps);
-            dots<T>(index(), std::remove_if(index(), index() + n, [&](int64_t j) { return j >= M; }) - index(), [&](int64_t j) { return x(j); },
-                 [](V x) { return 1 - x; }, dvalues, mv, w_max, dz);
+            const int n = read_keys.list_near(t, index());
+            dots<T>(index(), std::remove_if(index(), index() + n, [&](int64_t j) { return j >= M || first_spike(j) == steps; }) - index(),
+                    [&](int64_t j) { return stored(j); }, [](V x) { return 1 - x; }, dvalues, mv, w_max, dz);
             for (auto j = read_keys.spikes.begin(t); j != read_keys.spikes.end(t); ++j)
                 for (int b = 0; b < mv; ++b) vec(mu(*j))[b] += w_max * vec(dvalues)[b];
-            read_keys.adjoint(t, dz, dv_keys);
             T* dkey = dkeys + t * Mp;
-            for (int b = 0; b < mv; ++b) vec(dkey)[b] = (1 - alpha) * vec(dv_keys)[b];
+            read_keys.adjoint(t, dz, dv_keys, dkey);
             if (const int64_t then = t - o.readout_delay; then >= 0)
                 for (auto i = read_values.spikes.begin(then); i != read_values.spikes.end(then); ++i)
                     add(grads.feedback() + *i * Mp, dkey, mv);
             for (auto e = query.spikes.begin(t); e != query.spikes.end(t); ++e) add(grads.query() + *e * Mp, dkey, mv);
 
             std::copy_n(count_grad(QUERY), Ep, dz);
-            dots<T>(index(), nonzeros(query.slope(t), query.nv, index()), [&](int64_t e) { return weights.query() + e * Mp; }, plain,
+            dots<T>(index(), query.list_near(t, index()), [&](int64_t e) { return weights.query() + e * Mp; }, plain,
                  dkey, mv, T(1), dz);
-            query.adjoint(t, dz, dv_query);
-            for (int b = 0; b < query.nv; ++b) vec(dquery)[b] += (1 - alpha) * vec(dv_query)[b];
+            query.adjoint(t, dz, dv_query, dz);
+            add(dquery, dz, query.nv);
         }
         std::copy_n(dquery, E, tensors.grad_query + sample * E);
     }
@@ -643,120 +789,204 @@ private:
         dkappa_.get((C + 1) * Mp);
         std::fill_n(dnu_() + C * Mp, Mp, T(0));
         std::fill_n(dkappa_() + C * Mp, Mp, T(0));
-        replay_.get(M * C * Mp);
         through_memory.get(C * Mp);
         sums_of_keys.get(C * Mp * LANES<T>);
         dz_.get(std::max(Mp, 2 * Ep));
         dv_.zeros(2 * Mp);
-        encoder_dv.zeros(4 * Ep);
-        fired_bits.get(Mp);
+        encoder_dv.zeros(6 * Ep);
+        open_segments = segments.size();
+        near_bits.get(Mp);
+        touched.assign(M, 0);
         seen.assign(M, 0);
-        for (int64_t j = 0; j < M; ++j) seen[j] = read_keys.count()[j] > 0;
+        for (int64_t j = 0; j < M; ++j) {
+            seen[j] = read_keys.count()[j] > 0;
+            if (!seen[j]) continue;
+            std::copy_n(mu(j), Mp, dz_());
+            for (int i = 0; i < Mp; ++i) mu(j)[i] = dz_()[order()[i]];
+        }
+        write_grads.zeros(4l * Ep * Mp);
         for (int64_t block = (steps - 1) / BLOCK * BLOCK; block >= 0; block -= BLOCK) {
             const int64_t end = std::min(steps, block + BLOCK);
             for (int64_t start = (end - 1) / C * C; start >= block; start -= C) chunk_adjoint(start, std::min(end, start + C));
-            encoder_adjoint(block, end, grads);
+            encoder_adjoint(block, end);
+        }
+        for (int64_t e = 0; e < 2 * Ep; ++e) {
+            const T* from = write_grads() + e * 2 * Mp;
+            T* to = grads.write() + e * 2 * Mp;
+            add(to, from, mv);
+            for (int i = 0; i < Mp; ++i) to[Mp + order()[i]] += from[Mp + i];
         }
     }
 
-    // Adjoint of column j from step `end` of the chunk back to `begin`.
-    void column_adjoint(int64_t start, int64_t j, int begin, int end) {
-        const KeyTrace<T> key(trace(j) + start, gamma_neg);
-        V* dkappa = vec(sums_of_keys()) + j * C;
-        for (int b = 0; b < mv; b += N)
-            update_adjoint<T, N>(vec(mu(j)) + b, vec(replay(j)) + b, key, gnu(start) + b * LANES<T>, dnu_() + b * LANES<T>, mv, begin,
-                                 end, dkappa);
+    // The terms of a key's dL/d kappa in this chunk, to be summed over lanes.
+    V* kappa_terms(int64_t j) {
+        V* terms = vec(sums_of_keys()) + j * C;
+        if (!touched[j]) std::fill_n(terms, C, V{}), touched[j] = 1;
+        return terms;
     }
+
+    void segment_adjoint(int64_t start, const Segment& segment) {
+        const int64_t j = segment.key;
+        const int begin = segment.begin - start, end = segment.end - start;
+        const KeyTrace<T> key(trace(start, j), gamma_neg);
+        V *terms = kappa_terms(j), *column = vec(starts() + segment.start);
+        in_groups(segment.live, [&](int b, auto n) {
+            update_adjoint<T, n>(column + b, key, gnu(start) + b * LANES<T>, mv, begin, end, vec(mu(j)) + b, dnu_() + b * LANES<T>, terms);
+        });
+        if (segment.live < mv) in_groups(mv - segment.live, [&](int first, auto n) {  // values that have not fired yet: x = 1, nu = 0
+            V a[n], *to = vec(dnu_()) + segment.live + first, *adjoint = vec(mu(j)) + segment.live + first;
+            for (int b = 0; b < n; ++b) a[b] = adjoint[b];
+            for (int s = end - 1; s >= begin; --s) {
+                const T kappa = key.kappa[s], c = key.c[s];
+                for (int b = 0; b < n; ++b) {
+                    to[s * mv + b] += a[b] * kappa;
+                    a[b] *= c;
+                }
+            }
+            for (int b = 0; b < n; ++b) adjoint[b] = a[b];
+        });
+    }
+
     // Before its first spike column j is zero and its adjoint constant.
-    void silent_adjoint(int64_t start, int64_t j) {
-        V* dkappa = vec(sums_of_keys()) + j * C;
-        for (int s = 0; s < C; ++s)
-            for (int b = 0; b < mv; ++b) dkappa[s] += vec(mu(j))[b] * vec(gnu(start + s))[b];
-    }
-    // The step of the last spike of key j before step s of the chunk, or 0.
-    int spike_before(int64_t j, int s) {
-        const uint32_t before = fired_bits()[j] & ((1u << s) - 1);
-        return before ? 31 - __builtin_clz(before) : 0;
+    void silent_adjoint(int64_t start, int64_t end, int64_t j) {
+        V* terms = kappa_terms(j);
+        for (int s = 0; s < end - start; ++s)
+            for (int b = 0; b < live_at()[start / C]; ++b) terms[s] += vec(mu(j))[b] * vec(gnu(start + s))[b];
     }
 
-    void chunk_adjoint(int64_t start, int64_t end) {
-        std::fill_n(dnu_(), C * Mp, T(0));
-        std::fill_n(through_memory(), C * Mp, T(0));
-        std::fill_n(fired_bits(), Mp, 0u);
-        for (int64_t t = start; t < end; ++t)
-            for (auto j = keys.spikes.begin(t); j != keys.spikes.end(t); ++j) fired_bits()[*j] |= 1u << (t - start);
-        std::fill_n(sums_of_keys(), M * C * LANES<T>, T(0));
-        for (int64_t j = 0; j < M; ++j) {
-            if (first_spike(j) >= end) {
-                if (seen[j]) silent_adjoint(start, j);
-                continue;
-            }
-            const KeyTrace<T> key(trace(j) + start, gamma_neg);
-            for (int b = 0; b < mv; b += N)
-                update<T, N>(vec(checkpoint(start / C, j)) + b, key, gnu(start) + b * LANES<T>, mv, 0, C, [&](int s, V* x) {
-                    for (int k = 0; k < N; ++k) vec(replay(j))[s * mv + b + k] = x[k];
-                });
-            if (seen[j]) column_adjoint(start, j, spike_before(j, C), C);
-        }
-        T *dv_keys = dv_(), *dv_values = dv_() + Mp;
-        for (int64_t t = end - 1; t >= start; --t) {
-            const int s = t - start;
-            T *dz = dz_(), *dnu = dnu_() + s * Mp, *dnu_later = t + 1 == end ? dnu_() + C * Mp : dnu + Mp, *dvalues = g(t) + Mp;
-            for (int b = 0; b < mv; ++b) {
-                vec(dnu)[b] += beta * vec(dnu_later)[b];
-                vec(dz)[b] = vec(count_grad(VALUES))[b] + gamma_pos * (1 - beta) * vec(dnu)[b];
-            }
-            values.adjoint(t, dz, dv_values);
-            for (int b = 0; b < mv; ++b) vec(dvalues)[b] = (1 - alpha) * vec(dv_values)[b];
-            int n = nonzeros(keys.slope(t), mv, index());
-            n = std::remove_if(index(), index() + n, [&](int64_t j) { return j >= M || first_spike(j) >= t; }) - index();
-            dots<T>(index(), n, [&](int64_t j) { return replay(j) + s * Mp; }, [](V x) { return 1 - x; }, dvalues, mv, feedback,
-                 through_memory() + s * Mp);
-            for (auto j = keys.spikes.begin(t); j != keys.spikes.end(t); ++j) {
-                for (int b = 0; b < mv; ++b) vec(mu(*j))[b] += feedback * vec(dvalues)[b];
-                seen[*j] = 1;
-                column_adjoint(start, *j, spike_before(*j, s), s);
-            }
-        }
-        std::copy_n(dnu_(), Mp, dnu_() + C * Mp);
+    // What the values were fed back from the memory, through its keys: adds the sum over i of W_ij g_i(s).
+    void recall_adjoint(int64_t start, const Segment& segment, T* terms) {
+        const int64_t j = segment.key;
+        const int begin = segment.begin - start, end = segment.end - start;
+        const uint32_t within = near_bits()[j] & ((1u << end) - (1u << begin));
+        if (!within) return;
+        const int last = 32 - __builtin_clz(within);
+        const KeyTrace<T> key(trace(start, j), gamma_neg);
+        V *column = vec(starts() + segment.start), *sums = vec(terms) + j * C;
+        const T feedback = this->feedback;
+        in_groups(segment.live, [&](int b, auto n) {
+            update<T, n>(column + b, key, gnu(start) + b * LANES<T>, mv, begin, last, [&](int s, V* x) {
+                V sum = {};
+                for (int k = 0; k < n; ++k) sum += (1 - x[k]) * vec(g(start + s) + Mp)[b + k];
+                sums[s] += feedback * sum;
+            }, column + b);
+        });
+    }
+
+    // From the terms of all keys, [key][step] to be summed over lanes, the sums [step][key].
+    void sum_terms(const T* terms, T* out) {
         for (int b = 0; b < mv; ++b) {
-            V square[C];
+            V square[C], partial[C];
             for (int k = 0; k < LANES<T>; ++k) {
                 const int64_t j = b * LANES<T> + k;
                 square[k] = V{};
-                if (j < M) square[k] = sums<T>(vec(sums_of_keys()) + j * C);
+                if (j >= M || !touched[j]) continue;
+                for (int s = 0; s < C; ++s) partial[s] = vec(terms)[j * C + s];
+                square[k] = sums<T>(partial);
             }
             transpose<T>(square);
-            for (int s = 0; s < C; ++s) vec(dkappa_())[s * mv + b] = square[s];
+            for (int s = 0; s < C; ++s) vec(out)[s * mv + b] = square[s];
         }
+    }
+
+    // Asks for what the chunk before this one needs: it was written long ago and comes from far.
+    void prefetch_chunk(int64_t start) {
+        if (start == 0) return;
+        const int64_t before = (start - C) * mv;
+        for (int n = 0; n < C * mv; ++n) {
+            __builtin_prefetch(vec(traces()) + before + n);
+            __builtin_prefetch(vec(gnu_()) + before + n);
+            __builtin_prefetch(vec(keys.slopes()) + before + n);
+            __builtin_prefetch(vec(values.slopes()) + before + n);
+        }
+    }
+
+    void chunk_adjoint(int64_t start, int64_t end) {
+        prefetch_chunk(start);
+        std::fill_n(dnu_(), C * Mp, T(0));
+        std::fill(touched.begin(), touched.end(), 0);
+        for (int64_t j = 0; j < M; ++j)
+            if (seen[j] && first_spike(j) >= end) silent_adjoint(start, end, j);
+        const size_t last_segment = open_segments;
+        const auto back_from = [&](int64_t t) {
+            for (; open_segments > 0 && segments[open_segments - 1].end == t; --open_segments) {
+                if (open_segments >= 4) {  // comes from far
+                    const Segment& soon = segments[open_segments - 4];
+                    for (int b = 0; b < soon.live; ++b) __builtin_prefetch(vec(starts() + soon.start) + b);
+                }
+                if (seen[segments[open_segments - 1].key]) segment_adjoint(start, segments[open_segments - 1]);
+            }
+        };
+        back_from(end);
+        T *dv_keys = dv_(), *dv_values = dv_() + Mp;
         for (int64_t t = end - 1; t >= start; --t) {
             const int s = t - start;
-            T *dz = dz_(), *dkappa = dkappa_() + s * Mp, *dkappa_later = t + 1 == end ? dkappa_() + C * Mp : dkappa + Mp;
-            for (int b = 0; b < mv; ++b) {
-                vec(dkappa)[b] += beta * vec(dkappa_later)[b];
-                vec(dz)[b] = vec(count_grad(KEYS))[b] + (1 - beta) * vec(dkappa)[b] + vec(through_memory())[s * mv + b];
+            T *dnu = dnu_() + s * Mp, *dvalues = g(t) + Mp;
+            add_trace(dnu, t + 1 == end ? dnu_() + C * Mp : dnu + Mp, gamma_pos * (1 - beta), count_grad(VALUES));
+            values.adjoint(t, dz_(), dv_values, dvalues);
+            const T feedback = this->feedback;
+            for (auto j = keys.spikes.begin(t); j != keys.spikes.end(t); ++j) {
+                for (int b = 0; b < mv; ++b) vec(mu(*j))[b] += feedback * vec(dvalues)[b];
+                seen[*j] = 1;
+                if (first_spike(*j) == t) silent_adjoint(start, t, *j);
             }
-            keys.adjoint(t, dz, dv_keys);
-            for (int b = 0; b < mv; ++b) vec(g(t))[b] = (1 - alpha) * vec(dv_keys)[b];
+            if (t > start) back_from(t);
+        }
+        std::copy_n(dnu_(), Mp, dnu_() + C * Mp);
+        sum_terms(sums_of_keys(), dkappa_());
+
+        find_near(start, end);
+        std::fill(touched.begin(), touched.end(), 0);
+        for (size_t n = open_segments; n < last_segment; ++n) {
+            kappa_terms(segments[n].key);
+            recall_adjoint(start, segments[n], sums_of_keys());
+        }
+        sum_terms(sums_of_keys(), through_memory());
+
+        for (int64_t t = end - 1; t >= start; --t) {
+            const int s = t - start;
+            T *dkappa = dkappa_() + s * Mp, *dz = dz_();
+            add_trace(dkappa, t + 1 == end ? dkappa_() + C * Mp : dkappa + Mp, 1 - beta, count_grad(KEYS));
+            for (int b = 0; b < mv; ++b) vec(dz)[b] += vec(through_memory())[s * mv + b];
+            keys.adjoint(t, dz, dv_keys, g(t));
         }
         std::copy_n(dkappa_(), Mp, dkappa_() + C * Mp);
     }
 
-    void encoder_adjoint(int64_t begin, int64_t end, Weights<T>& grads) {
-        weight_grads(begin, end, grads);
-        T *dz = dz_(), *dv = encoder_dv(), *total = dv + 2 * Ep;
+    // The adjoint of a trace, from the step after; and from it and the spike counts that of the spike, in `dz_`.
+    void add_trace(T* trace, const T* later, T gain, const T* count_grad) {
+        const T beta = this->beta;
+        T* dz = dz_();
+        for (int b = 0, n = mv; b < n; ++b) {
+            vec(trace)[b] += beta * vec(later)[b];
+            vec(dz)[b] = vec(count_grad)[b] + gain * vec(trace)[b];
+        }
+    }
+
+    void find_near(int64_t start, int64_t end) {
+        for (int b = 0; b < mv; ++b) {
+            V square[C];
+            for (int s = 0; s < C; ++s) square[s] = start + s < end ? keys.slopes_of(start + s, b) : V{};
+            transpose<T>(square);
+            for (int k = 0; k < LANES<T>; ++k) near_bits()[b * LANES<T> + k] = bits(square[k] != V{});
+        }
+    }
+
+    void encoder_adjoint(int64_t begin, int64_t end) {
+        weight_grads(begin, end);
+        T *dz = dz_(), *dv = encoder_dv(), *total = dv + 2 * Ep, *dcurrent = total + 2 * Ep;
         const auto plain = [](V w) { return w; };
         for (int64_t t = end - 1; t >= begin; --t) {
-            const int n = nonzeros(encoder.slope(t), encoder.nv, index());
+            const int n = encoder.list_near(t, index());
             for (int k = 0; k < n; ++k) dz[index()[k]] = count_grad(FEATURES)[index()[k]];
-            dots<T>(index(), n, [&](int64_t e) { return weights.write() + e * 2 * Mp; }, plain, g(t), 2 * mv, T(1), dz);
-            encoder.adjoint(t, dz, dv);
-            add(total, dv, encoder.nv);
+            dots<T>(index(), n, [&](int64_t e) { return write_rows() + e * 2 * Mp; }, plain, g(t), 2 * mv, T(1), dz);
+            encoder.adjoint(t, dz, dv, dcurrent);
+            add(total, dcurrent, encoder.nv);
             if (t % T_ == 0) {
                 const int64_t pair = (sample * o.pairs + t / T_) * E;
                 for (int64_t e = 0; e < E; ++e) {
-                    tensors.grad_features[pair + e] = (1 - alpha) * total[e];
-                    tensors.grad_labels[pair + e] = (1 - alpha) * total[Ep + e];
+                    tensors.grad_features[pair + e] = total[e];
+                    tensors.grad_labels[pair + e] = total[Ep + e];
                 }
                 std::fill_n(total, 2 * Ep, T(0));
             }
@@ -764,20 +994,15 @@ private:
     }
 
     // Adds the adjoint of the drive at each step to the rows of the encoding neurons that fired.
-    void weight_grads(int64_t begin, int64_t end, Weights<T>& grads) {
+    void weight_grads(int64_t begin, int64_t end) {
         times.get(2 * Ep * BLOCK);
         std::vector<int> n(2 * Ep, 0);
         for (int64_t t = begin; t < end; ++t)
             for (auto e = encoder.spikes.begin(t); e != encoder.spikes.end(t); ++e) times()[*e * BLOCK + n[*e]++] = t - begin;
+        constexpr int TILE = 2;
         for (int tile = 0; tile < 2 * mv; tile += TILE)
-            for (int e = 0; e < 2 * Ep; ++e) {
-                V* to = vec(grads.write()) + int64_t(e) * 2 * mv + tile;
-                V sum[TILE];
-                for (int b = 0; b < TILE; ++b) sum[b] = to[b];
-                for (int k = 0; k < n[e]; ++k)
-                    for (int b = 0; b < TILE; ++b) sum[b] += vec(g_())[int64_t(times()[e * BLOCK + k]) * 2 * mv + tile + b];
-                for (int b = 0; b < TILE; ++b) to[b] = sum[b];
-            }
+            for (int e = 0; e < 2 * Ep; ++e)
+                sum_tiles<TILE>(&times()[e * BLOCK], &times()[e * BLOCK + n[e]], vec(g_()) + tile, 2 * mv, vec(write_grads()) + int64_t(e) * 2 * mv + tile);
     }
 };
 
@@ -807,12 +1032,9 @@ template <class Body> void in_parallel(const Options& o, const Body& body) {
     if (failed) throw std::bad_alloc();
 }
 
-template <class T, int N> struct Call {
-    static int padded(int64_t n, int vectors) {
-        const int unit = vectors * LANES<T>;
-        return (n + unit - 1) / unit * unit;
-    }
-    static Weights<T> blank(const Options& o) { return Weights<T>(padded(o.embedding, 1), padded(o.memory, N)); }
+template <class T> struct Call {
+    static int padded(int64_t n) { return (n + LANES<T> - 1) / LANES<T> * LANES<T>; }
+    static Weights<T> blank(const Options& o) { return Weights<T>(padded(o.embedding), padded(o.memory)); }
     static Weights<T> load(const Options& o, const Tensors<T>& tensors) {
         Weights<T> weights = blank(o);
         weights.each(o, tensors.write_weight, tensors.read_weight, [](const T& weight, T& here) { here = weight; });
@@ -822,7 +1044,7 @@ template <class T, int N> struct Call {
     static void forward(const Options& o, const Tensors<T>& tensors) {
         Weights<T> weights = load(o, tensors);
         in_parallel(o, [&](const auto& each_part) {
-            Sample<T, N> sample(o, tensors, weights);
+            Sample<T> sample(o, tensors, weights);
             each_part([&](int64_t, int64_t first, int64_t end) {
                 for (int64_t b = first; b < end; ++b) {
                     sample.forward(b, false);
@@ -837,7 +1059,7 @@ template <class T, int N> struct Call {
         Weights<T> weights = load(o, tensors);
         std::vector<std::unique_ptr<Weights<T>>> grads(MAX_CHUNKS);
         in_parallel(o, [&](const auto& each_part) {
-            Sample<T, N> sample(o, tensors, weights);
+            Sample<T> sample(o, tensors, weights);
             each_part([&](int64_t part, int64_t first, int64_t end) {
                 grads[part] = std::make_unique<Weights<T>>(blank(o));
                 for (int64_t b = first; b < end; ++b) {
@@ -851,31 +1073,20 @@ template <class T, int N> struct Call {
     }
 };
 
-// Calls `run` with the number of vectors of a column to hold in registers that wastes least of the last ones.
-template <class T, class Run> int dispatch(const Options& o, const Run& run) try {
-    const int64_t vectors = (o.memory + LANES<T> - 1) / LANES<T>;
-    if (vectors == 1) run(std::integral_constant<int, 1>());
-    else if (vectors == 2) run(std::integral_constant<int, 2>());
-    else if (vectors <= 4) run(std::integral_constant<int, 4>());
-    else run(std::integral_constant<int, 7>());
-    return 0;
-} catch (...) {
-    return 1;
+template <class Body> int guarded(const Body& body) {
+    try {
+        body();
+        return 0;
+    } catch (...) {
+        return 1;
+    }
 }
 
 }  // namespace
 
 extern "C" {
-int forward_float32(const Options* o, const Tensors<float>* t) {
-    return dispatch<float>(*o, [&](auto n) { Call<float, n>::forward(*o, *t); });
-}
-int forward_float64(const Options* o, const Tensors<double>* t) {
-    return dispatch<double>(*o, [&](auto n) { Call<double, n>::forward(*o, *t); });
-}
-int backward_float32(const Options* o, const Tensors<float>* t) {
-    return dispatch<float>(*o, [&](auto n) { Call<float, n>::backward(*o, *t); });
-}
-int backward_float64(const Options* o, const Tensors<double>* t) {
-    return dispatch<double>(*o, [&](auto n) { Call<double, n>::backward(*o, *t); });
-}
+int forward_float32(const Options* o, const Tensors<float>* t) { return guarded([&] { Call<float>::forward(*o, *t); }); }
+int forward_float64(const Options* o, const Tensors<double>* t) { return guarded([&] { Call<double>::forward(*o, *t); }); }
+int backward_float32(const Options* o, const Tensors<float>* t) { return guarded([&] { Call<float>::backward(*o, *t); }); }
+int backward_float64(const Options* o, const Tensors<double>* t) { return guarded([&] { Call<double>::backward(*o, *t); }); }
 }
