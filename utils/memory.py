@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from models.kernels.reference import SEGMENT_STEPS
 from utils.errors import UserError
 
 _FLOAT = 4  # bytes
@@ -25,8 +26,9 @@ def needed(backend: str, options: Mapping[str, Any], batch: int) -> int:
     weights = E * (F + C) + 4 * E * M + M * (E + M) + C * M
     sample = 8 * (L * F + C) * (options["workers"] * options["prefetch_factor"] + 2)  # batches made ahead
     if backend == "reference":
-        # The C library does not get back what each step of a segment frees: seven matrices a step stay in the heap.
-        return _START + 4 * _FLOAT * weights + batch * (sample + steps * (7 * _FLOAT * M**2 + 54 * (2 * E + 3 * M)))
+        # One memory for each segment, a few for each step of one; the states of every population at every step.
+        memories = (steps // SEGMENT_STEPS + 4 * SEGMENT_STEPS) * _FLOAT * M**2
+        return _START + 4 * _FLOAT * weights + batch * (sample + memories + 40 * steps * (2 * E + 3 * M))
     if backend == "cpp":
         # Gradients of the weights for each of 64 chunks of the batch; for each thread, one sample's states in time.
         a_thread = _FLOAT * (steps // 16 * M**2 + 8 * steps * (E + M))

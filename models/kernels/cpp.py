@@ -1,12 +1,14 @@
 """Fused CPU kernels: `store_and_recall.cpp`, compiled on first use and registered with `torch.library`."""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -67,16 +69,41 @@ class Tensors(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
+    """The compiled kernels: from the cache, or compiled now, by one process at a time.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler fails; its message is in `stderr`.
+        OSError: the cache cannot be written, or the library not be loaded.
+    """
     cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "memorizing_associations")
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, torch.__version__, platform.processor())).encode()).hexdigest()[:16]
+    what = repr((FLAGS, os.environ.get("CXX", "g++"), torch.__version__, _processor()))
+    key = hashlib.sha256(SOURCE.read_bytes() + what.encode()).hexdigest()[:16]
     path = cache / key / "store_and_recall.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            subprocess.run([os.environ.get("CXX", "g++"), *FLAGS, str(SOURCE), "-o", str(built)], check=True)
-            built.replace(path)
+        with open(path.parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when a process dies, too
+            if not path.exists():
+                _compile(path)
     return ctypes.CDLL(str(path))
+
+
+def _compile(path: Path) -> None:
+    print("compiling the CPU kernels, once for this machine (some seconds) ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [os.environ.get("CXX", "g++"), *FLAGS, str(SOURCE), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        built.replace(path)  # at once: no other process sees half a file
+
+
+def _processor() -> str:
+    """What the code is compiled for: of a home folder shared by machines, each has its own."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return repr(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
 def unavailable(device_type: str) -> str | None:
@@ -86,8 +113,11 @@ def unavailable(device_type: str) -> str | None:
         return "no C++ compiler found; install g++ or set CXX"
     try:
         library()
-    except (subprocess.CalledProcessError, OSError) as failure:
-        return f"its kernels cannot be compiled and loaded ({failure}); set CXX to another compiler"
+    except subprocess.CalledProcessError as failure:
+        reason = next((line for line in failure.stderr.splitlines() if "error" in line), f"status {failure.returncode}")
+        return f"its kernels cannot be compiled ({reason.strip()}); set CXX to another C++17 compiler"
+    except OSError as failure:
+        return f"its kernels cannot be kept or loaded ({failure}); set {CACHE_VARIABLE} to a folder that can be written to"
     return None
 
 
