@@ -96,11 +96,12 @@ def accuracy_by_length(runs: Sequence[Curves]) -> Figure:
     left, top, height = 13.0, 4.0, 50.0
     figure = new_figure(ONE_COLUMN, top + height + 11 + LEGEND_LINE * (len(groups) + 3))
     ax = add_axes(figure, left, top, ONE_COLUMN - left - 4, height)
+    trained = {run.trained_length for run in runs} - {None}
     for label, members in groups.items():
         _draw_repetitions(ax, members, "sequence_length", "accuracy", color=colours[label], ls="-", marker=".", ms=3)
         for length in sorted({run.trained_length for run in members} - {None}):
-            mark = ax.axvline(length, color=colours[label], lw=0.8, ls=LINE_STYLES[2], zorder=1)
-            mark.set_gid(f"{label} trained length")
+            colour = colours[label] if len(trained) > 1 else BLACK
+            ax.axvline(length, color=colour, lw=0.8, ls=LINE_STYLES[2], zorder=1).set_gid(f"{label} trained length")
     _draw_chance(ax, runs)
     lengths = np.unique(np.concatenate([run.columns["sequence_length"] for run in runs]))
     dense = np.linspace(lengths.min(), lengths.max(), 200)
@@ -109,7 +110,7 @@ def accuracy_by_length(runs: Sequence[Curves]) -> Figure:
     ax.set_ylim(0, 103)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     levels = [
-        Line2D([], [], color=BLACK, lw=0.8, ls=LINE_STYLES[2], label="length trained on (in the colour of the curve)"),
+        Line2D([], [], color=BLACK, lw=0.8, ls=LINE_STYLES[2], label="length trained on"),
         Line2D([], [], color=GREY, lw=0.6, ls=LINE_STYLES[1], label="chance: guessing among all classes"),
         Line2D([], [], color=GREY, lw=0.6, ls=LINE_STYLES[2], label="guessing among the labels that were shown"),
     ]
