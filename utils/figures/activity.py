@@ -339,7 +339,7 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
     for (population, neurons), letter in zip(chosen, "abcdefgh", strict=False):
         add_heading(figure, 2, y + 3, letter, population.title, left - 2)
         y += title
-        _side_label(figure, left, y + (len(neurons) * (height + gap) - gap) / 2, "v (θ)", distance=18)
+        _side_label(figure, left, y + (len(neurons) * (height + gap) - gap) / 2, "v (θ)", distance=19.5)
         for place, neuron in enumerate(neurons):
             axes = _phase_axes(figure, phases, trial, y, height, time_labels=y + height + gap > bottom - 0.1)
             for phase, ax in zip(phases, axes, strict=True):
