@@ -312,3 +312,12 @@ def test_compiles_for_an_h100(batch, length, embedding, memory, steps, dtype, mo
     }  # fmt: skip
     for name, kernel in compiled.items():
         assert kernel.metadata.shared < 64 * 1024, f"{name} takes {kernel.metadata.shared} bytes of shared memory"
+
+
+@compiles
+@pytest.mark.slow
+def test_the_script_for_gpus_runs_dry(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu_check.sh"
+    done = subprocess.run([script, "--dry-run", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "triton over reference" in (tmp_path / "table.md").read_text()
