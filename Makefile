@@ -12,7 +12,8 @@ DEMO := runs/quickstart
 demo: $(VENV)/demo-ready
 	$(RUN) memorizing_associations_task.py --config configs/quickstart.yaml --output_dir $(DEMO) --resume auto
 	$(RUN) memorizing_associations_task.py --resume $(DEMO)/model_best.pth.tar --evaluate
-	$(RUN) plot_memorizing_associations_task.py --checkpoint_path $(DEMO)/model_best.pth.tar --output $(DEMO)/figures
+	$(RUN) plot_memorizing_associations_task.py --checkpoint_path $(DEMO)/model_best.pth.tar \
+	    --metrics $(DEMO)/metrics.jsonl --output $(DEMO)/figures
 	@echo "figures are in $(DEMO)/figures"
 
 test: lint

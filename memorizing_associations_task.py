@@ -25,7 +25,7 @@ import models
 from data.loader import ahead
 from models.kernels import POPULATIONS, BackendError, resolve_backend
 from utils import checkpoints, distributed, launch, memory
-from utils.errors import UserError, warn_in_one_line
+from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
 from utils.progress import Progress, epoch_line
@@ -36,6 +36,7 @@ def main(argv=None) -> int:
     parser = Parser(__doc__.splitlines()[0], TASK_GROUPS)
     options = parser.parse(argv)
     warn_in_one_line()
+    outlive_output()
     try:
         place = launch.find_place(options)
         leads = place is None or place.leads  # other nodes get the options and the checkpoint from the first

@@ -22,7 +22,7 @@ import models
 from models.kernels import POPULATIONS, BackendError, resolve_backend
 from models.replay import replay
 from utils import checkpoints, figures
-from utils.errors import UserError, warn_in_one_line
+from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
 from utils.run import OPTIONS
 
@@ -97,6 +97,7 @@ GROUPS = {
 
 def main(argv=None) -> int:
     warn_in_one_line()
+    outlive_output()
     parser = Parser(__doc__.splitlines()[0], GROUPS)
     options = parser.parse(argv)
     paths = choose_paths(options, parser)

@@ -316,3 +316,26 @@ def test_presets_are_valid(capsys):
     for path in sorted(Path("configs").glob("*.yaml")):
         assert task.main(["--config", str(path), "--print_options"]) == 0
     assert task.main(["--print_options"]) == 0
+
+
+@pytest.mark.parametrize("reader", ["that goes", "of a full disk"])
+def test_training_outlives_its_output(tmp_path, reader):
+    command = [sys.executable, task.__file__, *TINY, *"--num_time_steps 4 --epochs 2 --output_dir".split(), str(tmp_path)]
+    if reader == "that goes":
+        read, write = os.pipe()
+        os.close(read)
+    elif os.path.exists("/dev/full"):
+        write = os.open("/dev/full", os.O_WRONLY)
+    else:
+        pytest.skip("no /dev/full here")
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("going on without it" in done.stderr) == (reader == "of a full disk")
+    assert (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") == 2
+
+
+def test_evaluates_at_lengths_below_the_curriculum(capsys, tmp_path):
+    assert train(tmp_path, *"--curriculum_start 2 --num_time_steps 4".split(), epochs=1) == 0
+    evaluate(capsys, "--resume", tmp_path / "model_best.pth.tar", "--sequence_length", 1)

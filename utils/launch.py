@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from models.kernels import BackendError, resolve_backend
 from utils import distributed
-from utils.errors import UserError, warn_in_one_line
+from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
 from utils.options import Options
 
@@ -409,6 +409,7 @@ def _work(job: Job, place: Place, local_rank: int, options: Options, args: tuple
 def _join(place: Place, rank: int, local_rank: int, options: Options) -> None:
     _divide_threads(place)
     warn_in_one_line()
+    outlive_output()
     if rank:
         warnings.simplefilter("ignore")  # rank 0 warns
     if _uses_gpus(options):

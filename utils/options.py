@@ -245,10 +245,12 @@ class Options:
                 f"--sequence_length {longest} is more than --num_classes {classes}: labels are drawn without replacement; "
                 "raise --num_classes or shorten the sequence"
             )
+        if self.values.get("evaluate", True):  # plotting does not train either
+            return None
         for name in ("curriculum_start", "mixed_lengths"):
-            if self.values.get(name, 0) > longest:  # plotting has no curriculum
+            if self[name] > longest:
                 return f"--{name} {self[name]} is more than --sequence_length {longest}"
-        if len(self.all_lengths) > 1 and not self["evaluate"]:
+        if len(self.all_lengths) > 1:
             return "--sequence_length: several lengths are for --evaluate; training takes one"
         return None
 
