@@ -10,7 +10,7 @@ from test_distributed import NETWORK, PATIENCE, Started, assert_same_training, r
 from utils import checkpoints
 
 HOSTS = {"task-test-0": "10.213.77.1", "task-test-1": "10.213.77.2"}
-TIMEOUT = 20  # seconds
+TIMEOUT = 8  # seconds
 
 
 def ip(*words: str) -> None:
@@ -58,7 +58,6 @@ def start_both(hosts, folder, *words, **environment) -> list[Started]:
     ]
 
 
-@pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(hosts, single, tmp_path):  # noqa: F811
     """--batch_size counts for a node: two nodes with 31 each make up a batch of 62."""
     first, second = start_both(hosts, tmp_path, "--epochs", "2", "--batch_size", "31")
@@ -69,7 +68,6 @@ def test_two_nodes_train_as_one_process_does(hosts, single, tmp_path):  # noqa: 
     assert not (tmp_path / hosts[1]).exists(), "only rank 0 writes"
 
 
-@pytest.mark.slow
 def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
     (trace := tmp_path / "trace").mkdir()
     both = start_both(hosts, tmp_path, "--epochs", "1000", SMALL_TASK_TRACE=str(trace))
