@@ -47,15 +47,14 @@ REGISTERS = 65536  # of a multiprocessor
 
 def unavailable(device_type: str) -> str | None:
     """Why this backend cannot run on such a device here, in one line with the remedy, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and (device_type != "cuda" or torch.version.hip):
+        return "it runs on NVIDIA GPUs; use --device cuda there, or the cpp backend"
     if kernels is None:
         return f"Triton cannot be imported ({IMPORT_ERROR}); install it with `pip install triton`"
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         return f"Triton {triton.__version__} is too old; install 3.6 or later, which comes with PyTorch 2.11"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device_type != "cuda" or torch.version.hip:
-        return "it runs on NVIDIA GPUs; use --device cuda there, or the cpp backend"
-    if not torch.cuda.is_available():
+    if not interpreted and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device; check nvidia-smi, CUDA_VISIBLE_DEVICES and that PyTorch is built for CUDA"
     return None
 
