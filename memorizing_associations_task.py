@@ -24,7 +24,7 @@ import data
 import models
 from data.loader import ahead
 from models.kernels import POPULATIONS, BackendError, resolve_backend
-from utils import checkpoints, distributed, launch, memory
+from utils import checkpoints, distributed, launch, memory, rendezvous
 from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     warn_in_one_line()
     outlive_output()
     try:
-        place = launch.find_place(options)
+        place = rendezvous.find_place(options)
         leads = place is None or place.leads  # other nodes get the options and the checkpoint from the first
         checkpoint = find_checkpoint(options) if leads else None
         if checkpoint:
@@ -51,7 +51,7 @@ def main(argv=None) -> int:
         if not options["evaluate"]:
             options.values["output_dir"] = run_folder(options, checkpoint)
         return launch.run(evaluate_checkpoint if options["evaluate"] else train, place, options, checkpoint)
-    except launch.PlaceError as error:
+    except rendezvous.PlaceError as error:
         parser.error(str(error))
     except (UserError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)

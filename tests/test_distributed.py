@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import memorizing_associations_task as task
-from utils import checkpoints, launch
+from utils import checkpoints, rendezvous
 from utils.errors import UserError
 from utils.options import TASK_GROUPS, Parser
 
@@ -298,7 +298,7 @@ def test_torchrun_passes_a_signal_on(tmp_path):
 
 
 def place(*words):
-    return launch.find_place(Parser("", TASK_GROUPS).parse(words))
+    return rendezvous.find_place(Parser("", TASK_GROUPS).parse(words))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def meet(*words) -> str:
     """What a node says that does not find the others."""
     options = Parser("", TASK_GROUPS).parse(("--dist_timeout", "1", "--dist_backend", "gloo", *words))
     try:
-        launch.Members(launch.find_place(options), options)
+        rendezvous.Members(rendezvous.find_place(options), options)
     except UserError as error:
         return str(error)
     return "met"
