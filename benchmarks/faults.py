@@ -9,12 +9,14 @@ python benchmarks/faults.py memory                  the estimated memory of a ru
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -197,43 +199,65 @@ def _resident_mebibytes() -> float:
 
 
 def memory(times: int, seed: int) -> list[dict]:
-    """The estimate of the first so many of MEMORY_SIZES beside the measured peak of the process, MiB."""
+    """The estimate of the first so many of MEMORY_CASES beside the measured peak, MiB, each in a process of its own.
+
+    `start` is what the process holds when it estimates: interpreter, PyTorch, the program.
+    """
     rows = []
-    for backend, batch, length, steps_held, embedding, size in MEMORY_SIZES[:times]:
-        names = ("batch_size", "sequence_length", "num_classes", "num_time_steps", "embedding_size", "memory_size")
-        values = dict(zip(names, (batch, length, length, steps_held, embedding, size), strict=True))
-        with tempfile.TemporaryDirectory() as scratch:
-            rest = {"epochs": 1, "seed": seed, "workers": 1, "prefetch_factor": 1, "backend": backend, "output_dir": scratch}
-            words = [f"--{name}={value}" for name, value in (values | rest).items()]
-            data.TRAINING_SAMPLES, data.EVALUATION_SAMPLES["validation"] = 2 * batch, 32
-            before = _resident_mebibytes()
-            peak = measured_peak(lambda words=words: task.main(words))
-        sizes = values | {"feature_size": 10, "workers": 1, "prefetch_factor": 1}
-        torch.set_num_threads(1)  # as in the forked process
-        estimate = before + needed(backend, sizes, batch) / 2**20
-        rows.append({"backend": backend} | values | {"estimate": round(estimate), "peak": round(peak)})
-        assert abs(estimate / peak - 1) < 0.3, rows[-1]
+    for case in MEMORY_CASES[:times]:
+        words = [sys.executable, __file__, "memory", "--seed", str(seed), "--case", json.dumps(case)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        row = json.loads(done.stdout.splitlines()[-1])
+        row["ratio"] = round(row["estimate"] / row["peak"], 2)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    assert all(abs(row["ratio"] - 1) < 0.3 for row in rows), rows
     return rows
 
 
-def measured_peak(body) -> float:
-    """The largest resident memory of a forked process that runs `body`, MiB."""
-    child = os.fork()
-    if child == 0:
-        _become(body)
-    _, status, usage = os.wait4(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return usage.ru_maxrss / 1024
+def memory_of(case: dict, seed: int) -> dict:
+    """Train two steps in this process; what it estimates before, and its peak."""
+    backend, batch, length, size, threads = (case[name] for name in ("backend", "batch", "pairs", "memory_size", "threads"))
+    torch.set_num_threads(threads)
+    data.TRAINING_SAMPLES, data.EVALUATION_SAMPLES["validation"] = 2 * batch, min(batch, task.EVALUATION_BATCH)
+    found = {}
+
+    def estimate(backend, device, options, processes):
+        found["start"] = _resident_mebibytes()
+        found["estimate"] = found["start"] + needed(backend, options, batch) / 2**20
+
+    task.memory.check = estimate
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        sizes = {"batch_size": batch, "sequence_length": length, "num_classes": length, "memory_size": size}
+        rest = {"epochs": 1, "seed": seed, "device": "cpu", "backend": backend, "output_dir": scratch}
+        assert task.main([f"--{name}={value}" for name, value in (sizes | rest).items()]) == 0
+    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return case | {name: round(value) for name, value in found.items()}
 
 
-MEMORY_SIZES = (
-    ("cpp", 512, 10, 100, 80, 100),
-    ("cpp", 256, 20, 100, 80, 200),
-    ("cpp", 4096, 30, 50, 100, 50),
-    ("reference", 16, 2, 50, 40, 60),
-    ("reference", 8, 3, 40, 80, 100),
-    ("reference", 8, 10, 100, 80, 100),
-)
+MEMORY_CASES = [
+    dict(zip(("backend", "batch", "pairs", "memory_size", "threads"), values, strict=True))
+    for values in (
+        ("cpp", 512, 1, 100, 1),
+        ("reference", 4, 1, 100, 1),
+        ("cpp", 64, 10, 100, 1),
+        ("cpp", 512, 10, 100, 1),
+        ("cpp", 512, 10, 100, 2),
+        ("cpp", 512, 55, 100, 1),
+        ("cpp", 512, 55, 100, 2),
+        ("cpp", 64, 10, 400, 1),
+        ("cpp", 64, 10, 400, 2),
+        ("cpp", 64, 30, 400, 2),
+        ("cpp", 8192, 10, 20, 2),
+        ("reference", 1, 10, 100, 1),
+        ("reference", 4, 10, 100, 1),
+        ("reference", 16, 1, 100, 1),
+        ("reference", 16, 10, 100, 1),
+        ("reference", 64, 2, 100, 1),
+        ("reference", 4, 1, 400, 1),
+    )
+]
 
 
 # Damaged files
@@ -467,13 +491,17 @@ def main() -> None:
     parser.add_argument("fault", choices=FAULTS)
     parser.add_argument("--times", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # one of MEMORY_CASES, to run in this process
     arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(memory_of(arguments.case, arguments.seed)))
+        return
     result = FAULTS[arguments.fault](arguments.times or FULL[arguments.fault], arguments.seed)
     print(json.dumps({arguments.fault: result}, indent=2))
 
 
 FAULTS = {"killed": killed, "damaged": damaged, "memory": memory, "options": options, "steps": steps}
-FULL = {"killed": 200, "damaged": 1000, "memory": len(MEMORY_SIZES), "options": 2000, "steps": 10_000}
+FULL = {"killed": 200, "damaged": 1000, "memory": len(MEMORY_CASES), "options": 2000, "steps": 10_000}
 
 if __name__ == "__main__":
     main()
