@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Time and memory of one training step, for each backend, sequence length, batch and memory size.
+"""Time and memory of one training step, for each backend, network, sequence length, batch and memory size.
 
     python benchmarks/training_step.py --backends cpp reference --batches 64 512
+    python benchmarks/training_step.py --networks pretrained/recipe-sequence_length10-seed1.pth.tar
 
-Each case runs in a process of its own. No speed is printed for a result that has not been checked: first the backend's spikes
-and gradients are held against the reference's in float64.
+The kernels follow the spikes, so a step costs what the network's activity costs: a new network fires most, a trained one much
+less. Each case runs in a process of its own. No speed is printed for a result that has not been checked: first the backend's
+spikes and gradients are held against the reference's in float64, with the network's own weights where it is a trained one.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -25,25 +28,41 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import models
 from models.kernels import POPULATIONS
+from utils import checkpoints
+from utils.errors import UserError
+
+NEW = "new"
 
 
-def step(model, samples) -> list[torch.Tensor]:
+def build(case: dict, backend: str, **changes) -> models.MemorizingAssociations:
+    """The network of a case: new, from seed 0, or a checkpoint's."""
+    torch.manual_seed(0)
+    if case["network"] == NEW:
+        return models.build_model({"num_classes": case["length"], "memory_size": case["memory_size"]} | changes, backend)
+    checkpoint = checkpoints.load(case["network"])
+    model = models.build_model(checkpoint["params"] | changes, backend)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model
+
+
+def samples(model, first: int, batch: int, length: int) -> data.Samples:
+    return data.training_samples(first, first + batch, 0, length, model.sizes.num_classes, model.sizes.feature_size, 42)
+
+
+def step(model, batch: data.Samples) -> list[torch.Tensor]:
     """Forward and backward pass of the training objective; the gradients."""
-    output = model(samples.features, samples.labels, samples.query)
-    loss = cross_entropy(output.logits, samples.answer) + 1e-5 * models.rate_regularization(output.rates, 0.0)
+    output = model(batch.features, batch.labels, batch.query)
+    loss = cross_entropy(output.logits, batch.answer) + 1e-5 * models.rate_regularization(output.rates, 0.0)
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
-def check(backend: str, device: str, length: int, memory_size: int) -> str | None:
-    """What differs from the reference at two samples in float64, or None."""
-    options = {"num_classes": length, "memory_size": memory_size, "num_time_steps": 40}
-    drawn = data.training_samples(0, 2, 0, length, length, 10, 42)
-    samples = data.Samples(drawn.features.double(), drawn.labels, drawn.query.double(), drawn.answer)
+def check(case: dict) -> str | None:
+    """What differs from the reference at two samples of up to five pairs in float64, or None."""
     results = []
-    for name, place in ((backend, device), ("reference", "cpu")):
-        torch.manual_seed(0)
-        model = models.build_model(options, name).double().to(place)
-        here = data.Samples(*(field.to(place) for field in tuple(samples)))
+    for name, place in ((case["backend"], case["device"]), ("reference", "cpu")):
+        model = build(case, name, num_time_steps=40).double().to(place)
+        drawn = samples(model, 0, 2, min(case["length"], 5))
+        here = data.Samples(drawn.features.double(), drawn.labels, drawn.query.double(), drawn.answer).to(torch.device(place))
         with torch.no_grad():
             activity = model(here.features, here.labels, here.query, record=True).activity
         results.append(({n: z.cpu() for n, z in activity.items()}, [g.cpu() for g in step(model, here)]))
@@ -57,21 +76,27 @@ def check(backend: str, device: str, length: int, memory_size: int) -> str | Non
     return None
 
 
-def measure(backend: str, device: str, length: int, batch: int, memory_size: int, repeats: int) -> dict:
+def measure(case: dict) -> dict:
     """Median seconds of a step, of a 4096 x 4096 x 4096 float32 product beside it, and peak MiB."""
-    torch.manual_seed(0)
-    model = models.build_model({"num_classes": length, "memory_size": memory_size}, backend).to(device)
-    samples = data.training_samples(0, batch, 0, length, length, 10, 42).to(torch.device(device))
-    step(model, samples)  # warm
-    memory = peak(device)
+    device, size = torch.device(case["device"]), case["batch"]
+    model = build(case, case["backend"]).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for number in range(case["after"]):
+        gradients = step(model, samples(model, number * size, size, case["length"]).to(device))
+        for weight, gradient in zip(model.parameters(), gradients, strict=True):
+            weight.grad = gradient
+        optimizer.step()
+    batch = samples(model, case["after"] * size, size, case["length"]).to(device)
+    step(model, batch)  # warm
+    memory = peak(case["device"])
     square = torch.randn(4096, 4096, device=device)
     square @ square
     times = {"step": [], "product": []}
-    for _ in range(repeats):
-        for name, function in (("step", lambda: step(model, samples)), ("product", lambda: square @ square)):
+    for _ in range(case["repeats"]):
+        for name, function in (("step", lambda: step(model, batch)), ("product", lambda: square @ square)):
             start = time.perf_counter()
             function()
-            if device != "cpu":
+            if case["device"] != "cpu":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()} | {"peak": memory}
@@ -85,8 +110,8 @@ def peak(device: str) -> float:
 
 def one_case(case: dict) -> None:
     """In a process of its own: print the result as JSON."""
-    difference = check(case["backend"], case["device"], min(case["length"], 5), case["memory_size"])
-    print(json.dumps({"wrong": difference} if difference else measure(**case)))
+    difference = check(case)
+    print(json.dumps({"wrong": difference} if difference else measure(case)))
 
 
 def processor() -> str:
@@ -97,10 +122,27 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def cases(arguments: argparse.Namespace) -> list[dict]:
+    """What is to be measured, in the order of the options."""
+    found = []
+    for backend, network in itertools.product(arguments.backends, arguments.networks):
+        sizes = itertools.product(arguments.lengths, arguments.memory_sizes)
+        if network != NEW:
+            params = checkpoints.load(network)["params"]
+            sizes = [(params["sequence_length"], params["memory_size"])]
+        for (length, memory_size), batch in itertools.product(sizes, arguments.batches):
+            if backend != "reference" or batch <= arguments.reference_batch:
+                case = {"backend": backend, "network": network, "length": length, "memory_size": memory_size, "batch": batch}
+                found.append(case | {name: getattr(arguments, name) for name in ("device", "after", "repeats")})
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=["cpp", "reference"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--networks", nargs="+", default=[NEW], help=f"'{NEW}', or checkpoints, which bring their own sizes")
+    parser.add_argument("--after", type=int, default=0, help="training steps before those measured")
     parser.add_argument("--lengths", nargs="+", type=int, default=[10])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 512])
     parser.add_argument("--memory_sizes", nargs="+", type=int, default=[100])
@@ -111,26 +153,21 @@ def main() -> int:
     if arguments.case:
         one_case(json.loads(arguments.case))
         return 0
+    try:
+        to_measure = cases(arguments)
+    except UserError as error:
+        parser.error(str(error))
     print(f"{processor()}, torch {torch.__version__}\n")
-    print("| backend | pairs | memory size | batch | s a step | samples/s | of a 4096³ product | peak MiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    status = 0
-    for backend in arguments.backends:
-        for length in arguments.lengths:
-            for memory_size in arguments.memory_sizes:
-                for batch in arguments.batches:
-                    if backend == "reference" and batch > arguments.reference_batch:
-                        continue
-                    case = {"backend": backend, "device": arguments.device, "length": length, "batch": batch}
-                    case |= {"memory_size": memory_size, "repeats": arguments.repeats}
-                    status |= report(case)
-    return status
+    print("| backend | network | pairs | memory size | batch | s a step | samples/s | of a 4096³ product | peak MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    return max(map(report, to_measure), default=0)
 
 
 def report(case: dict) -> int:
     command = [sys.executable, __file__, "--case", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True)
-    title = f"| {case['backend']} | {case['length']} | {case['memory_size']} | {case['batch']} |"
+    network = Path(case["network"]).name.removesuffix(".pth.tar") + (f", {case['after']} steps on" if case["after"] else "")
+    title = f"| {case['backend']} | {network} | {case['length']} | {case['memory_size']} | {case['batch']} |"
     if done.returncode:
         print(title, f"failed: {done.stderr.strip().splitlines()[-1]} | | | |", flush=True)
         return 1
@@ -139,11 +176,7 @@ def report(case: dict) -> int:
         print(title, f"wrong, not measured: {found['wrong']} differ | | | |", flush=True)
         return 1
     speed, share = case["batch"] / found["step"], found["step"] / found["product"]
-    print(
-        title,
-        f"{found['step']:.3f} | {speed:,.0f} | {share:.2f} | {found['peak']:.0f} |",
-        flush=True,
-    )
+    print(title, f"{found['step']:.3f} | {speed:,.0f} | {share:.2f} | {found['peak']:.0f} |", flush=True)
     return 0
 
 
