@@ -298,10 +298,10 @@ def training_batches(batches: list[tuple[int, int]], epoch: int, options: Option
 def report_epoch(metrics: dict, options: Options, progress: Progress, log) -> None:
     progress.epoch(epoch_line(metrics, options["epochs"]))
     for name, rate in metrics["rates"].items():
-        if rate == 0:
+        if rate < models.SILENT_BELOW:
             say(
-                f"warning: {name} emitted no spike in epoch {metrics['epoch'] + 1}, so nothing is learned through it; if this "
-                "lasts, start again with another --seed, or with short sequences first (--curriculum_start 2)"
+                f"warning: {name} is silent (mean rate {rate:.2g} Hz in epoch {metrics['epoch'] + 1}), so little is "
+                "learned through it; if this lasts, start again with another --seed, or with short sequences first (--curriculum_start 2)"
             )
     if log:
         write_tensorboard(log, metrics)

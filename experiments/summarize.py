@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.figures import curves  # noqa: E402
 from utils.figures.style import GREY, SERIES, TWO_COLUMNS, add_axes, add_heading, new_figure, save, styled  # noqa: E402
@@ -32,7 +33,6 @@ from utils.run import METRICS, OPTIONS  # noqa: E402
 TESTS = "accuracy_by_length.csv"
 RAW = (OPTIONS, METRICS, TESTS, "command.txt")
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
-SILENT_BELOW = 0.1  # spikes of all reading values together, in a sample
 # What a run may differ in without being trained in another way.
 _NOT_A_WAY_OF_TRAINING = {"sequence_length", "num_classes", "seed", "epochs", "workers", "prefetch_factor", "start_epoch"}
 
@@ -145,8 +145,7 @@ def outcome(result: Result, learned: int | None) -> str:
     options = result.options
     if not result.metrics:
         return "not begun"
-    spikes = result.metrics[-1]["rates"]["read_value"] * 1e-3 * options["num_time_steps"] * options["memory_size"]
-    if spikes < SILENT_BELOW:
+    if result.metrics[-1]["rates"]["read_value"] < models.SILENT_BELOW:
         return "silent"
     if learned or options["num_classes"] == 1:
         return "learned"
@@ -200,8 +199,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "Learned: validation accuracy over halfway from guessing one of the labels shown to 100 %. Silent: the reading values "
-        f"together emitted fewer than {SILENT_BELOW} spikes in a sample, in the last epoch. Test: published test set, the "
-        "network of highest validation accuracy. Reading: mean firing rate of the reading values in the last epoch.",
+        f"fire at less than {models.SILENT_BELOW} Hz. Test: published test set, the network of highest validation accuracy. "
+        "Reading: mean firing rate of the reading values in the last epoch.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,5 @@
 """The Hebbian spiking memory network. `build_model` makes one; `kernels` runs it through time."""
 
-from models.memorizing_associations import MemorizingAssociations, Output, build_model, rate_regularization
+from models.memorizing_associations import SILENT_BELOW, MemorizingAssociations, Output, build_model, rate_regularization
 
-__all__ = ["MemorizingAssociations", "Output", "build_model", "rate_regularization"]
+__all__ = ["SILENT_BELOW", "MemorizingAssociations", "Output", "build_model", "rate_regularization"]

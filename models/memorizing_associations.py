@@ -18,6 +18,7 @@ from models.neurons import LIFConstants
 from models.plasticity import HebbianConstants
 
 SECONDS_PER_STEP = 1e-3
+SILENT_BELOW = 0.01  # Hz, mean rate of a population: one spike of 100 neurons in a second
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ def test_not_finite_stops_before_the_step(options, told, tmp_path, capsys):
 def test_a_silent_population_is_told_with_the_remedy(tmp_path, capsys):
     assert task.main([*faults.TINY, "--thr", "1e6", "--epochs", "1", "--output_dir", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "warning: write_key emitted no spike in epoch 1" in told
+    assert "warning: write_key is silent (mean rate 0 Hz in epoch 1)" in told
     assert "another --seed" in told
     assert "--curriculum_start" in told
 
