@@ -301,7 +301,8 @@ def report_epoch(metrics: dict, options: Options, progress: Progress, log) -> No
         if rate < models.SILENT_BELOW:
             say(
                 f"warning: {name} is silent (mean rate {rate:.2g} Hz in epoch {metrics['epoch'] + 1}), so little is "
-                "learned through it; if this lasts, start again with another --seed, or with short sequences first (--curriculum_start 2)"
+                "learned through it; if this lasts, start again with another --seed, or with short sequences first "
+                "(--curriculum_start 2)"
             )
     if log:
         write_tensorboard(log, metrics)
