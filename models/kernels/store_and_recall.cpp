@@ -1,12 +1,14 @@
 // Forward and backward of models/kernels/reference.py, sample by sample in cache.
 //
-// Four facts make it fast:
+// Five facts make it fast:
 //   1. Spikes are rare: a product with spikes is a sum of the weight rows of the neurons that fired, and the adjoint of a
 //      spike is needed only where the surrogate derivative is not zero.
 //   2. Between two spikes of key j nothing but the value traces acts on its column of the memory, and the column is needed
 //      only when the key fires. So it stays behind in time and is brought up to date, in registers, when its key fires.
 //   3. Until key j has fired its column is zero.
 //   4. The loss sees a column only through the spikes of its key: after the last one its adjoint is zero.
+//   5. A strongly driven neuron fires again as soon as it may. So the encoding neurons that fire at a step are mostly those that
+//      fired so many steps before, and a sum over them differs from the sum then by few rows.
 // The backward runs a sample forward again from its input currents, keeps the columns at the start of each chunk of time,
 // and replays the steps within a chunk.
 //
@@ -196,6 +198,20 @@ public:
     void end_step(int64_t t, const int32_t* end) { ends()[t + 1] = size = end - neurons(); }
     const int32_t* begin(int64_t t) { return neurons() + ends()[t]; }
     const int32_t* end(int64_t t) { return neurons() + ends()[t + 1]; }
+
+    // Makes step t of this train from another: the neurons i that fire then but not at step `before`, and those that fire only
+    // before, as ~i. Nothing fires before step 0.
+    void take_changes(SpikeTrain& other, int64_t t, int64_t before) {
+        const int32_t *now = other.begin(t), *now_end = other.end(t), *then = now_end, *then_end = now_end;
+        if (before >= 0) then = other.begin(before), then_end = other.end(before);
+        int32_t* to = next();
+        while (now != now_end || then != then_end) {
+            if (then == then_end || (now != now_end && *now < *then)) *to++ = *now++;
+            else if (now == now_end || *then < *now) *to++ = ~*then++;
+            else ++now, ++then;
+        }
+        end_step(t, to);
+    }
 };
 
 // A population of LIF neurons and, for the backward, what every step's adjoint needs.
@@ -292,31 +308,8 @@ template <class T> struct Lif {
 
 // ----------------------------------------------------------------------------------------------------------- products
 
-// The sum of the listed rows' tiles of N vectors, in two chains of additions.
-template <int N, class V> inline void sum_tiles(const int32_t* index, const int32_t* end, const V* tiles, int64_t stride, V* total) {
-    V even[N], odd[N] = {};
-    for (int b = 0; b < N; ++b) even[b] = total[b];
-    for (; index + 1 < end; index += 2)
-        for (int b = 0; b < N; ++b) even[b] += tiles[index[0] * stride + b], odd[b] += tiles[index[1] * stride + b];
-    if (index < end)
-        for (int b = 0; b < N; ++b) even[b] += tiles[*index * stride + b];
-    for (int b = 0; b < N; ++b) total[b] = even[b] + odd[b];
-}
-
-// The sum of the rows of the neurons that fired, for steps begin to end: out[t] = sum of rows[j], each of nv vectors (even).
-// Tile by tile, so that one tile of all rows stays in first-level cache.
-template <class T> void sum_rows(SpikeTrain& spikes, int64_t begin, int64_t end, const T* rows, int nv, T* out) {
-    constexpr int TILE = 2;
-    for (int tile = 0; tile < nv; tile += TILE)
-        for (int64_t t = begin; t < end; ++t) {
-            Vec<T> total[TILE] = {};
-            sum_tiles<TILE>(spikes.begin(t), spikes.end(t), vec(rows) + tile, nv, total);
-            for (int b = 0; b < TILE; ++b) vec(out)[(t - begin) * nv + tile + b] = total[b];
-        }
-}
-
-template <class T> void add(T* to, const T* from, int nv) {
-    for (int b = 0; b < nv; ++b) vec(to)[b] += vec(from)[b];
+template <class T> void add(T* to, const T* from, int nv, T factor = 1) {
+    for (int b = 0; b < nv; ++b) vec(to)[b] += factor * vec(from)[b];
 }
 
 // out[j] += scale * term(row(j), g) summed over nv vectors, for the n listed j.
@@ -464,6 +457,8 @@ template <class T> class Sample {
     bool keep = false;
 
     Lif<T> encoder, query, keys, values, read_keys, read_values;
+    const int64_t period;           // steps after which a neuron that fired may fire again
+    SpikeTrain changes;             // of the encoding neurons that fire, against a period before, or none at the start of a block
     Buffer<T> current, drive, readout;
     Buffer<int32_t> order;          // the value neuron at each place; `write` to `drive` and all of the memory follow it
     Buffer<T> write_rows_, write_grads;  // weights.write and its gradient, values in this order
@@ -481,7 +476,7 @@ template <class T> class Sample {
     // backward
     Buffer<T> mu_;           // [key][value], dL/dW / w_max
     Buffer<T> dnu_, g_, dz_, dv_, dquery_, dkappa_, through_memory, sums_of_keys, count_grads, encoder_dv;
-    Buffer<int32_t> index, times;
+    Buffer<int32_t> index;
     Buffer<uint32_t> near_bits;  // the steps of the chunk at which a key's surrogate derivative is not zero
     std::vector<char> seen, touched;  // whether anything later in time sees column j; whether it has sums in this chunk
 
@@ -499,7 +494,7 @@ public:
           steps(o.pairs * o.num_time_steps), chunks((steps + C - 1) / C), Ep(weights.Ep), Mp(weights.Mp), mv(Mp / LANES<T>),
           alpha(o.alpha), beta(o.beta), gamma_pos(o.gamma_pos), gamma_neg(o.gamma_neg), w_max(o.w_max),
           feedback(o.memory_feedback * o.w_max), encoder(o, 2 * Ep), query(o, Ep), keys(o, Mp), values(o, Mp),
-          read_keys(o, Mp), read_values(o, Mp) {}
+          read_keys(o, Mp), read_values(o, Mp), period(o.refractory_time_steps + 1) {}
 
     void forward(int64_t b, bool keep_trajectory) {
         sample = b;
@@ -605,6 +600,7 @@ private:
 
     void write() {
         encoder.rest(steps, keep), keys.rest(steps, keep), values.rest(steps, keep);
+        changes.start(steps, 2 * Ep);
         x_.filled(M * Mp, 1);
         gnu_.get(chunks * C * Mp);
         std::fill(gnu(steps), gnu(chunks * C), T(0));
@@ -621,7 +617,7 @@ private:
         for (int64_t block = 0; block < steps; block += BLOCK) {
             const int64_t end = std::min(steps, block + BLOCK);
             encode(block, end);
-            sum_rows(encoder.spikes, block, end, write_rows(), 2 * mv, drive());
+            sum_rows(block, end);
             for (int64_t start = block; start < end; start += C) write_chunk(start, std::min(end, start + C));
         }
         if (!keep) return;
@@ -640,6 +636,21 @@ private:
                 std::copy_n(tensors.labels + pair, E, current() + Ep);
             }
             encoder.step(t, current());
+            changes.take_changes(encoder.spikes, t, t - begin < period ? -1 : t - period);
+        }
+    }
+
+    // Calls f(row, 1 or -1) for those of `rows` by which the sum over the encoding neurons that fire at step t has changed.
+    template <class Row, class F> void each_change(int64_t t, Row* rows, const F& f) {
+        for (auto e = changes.begin(t); e != changes.end(t); ++e) f(rows + std::max(*e, ~*e) * 2l * Mp, T(*e < 0 ? -1 : 1));
+    }
+
+    void sum_rows(int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            T* sum = drive() + (t - begin) * 2 * Mp;
+            if (t - begin < period) std::fill_n(sum, 2 * Mp, T(0));
+            else std::copy_n(sum - period * 2 * Mp, 2 * Mp, sum);
+            each_change(t, write_rows(), [&](const T* row, T sign) { add(sum, row, 2 * mv, sign); });
         }
     }
 
@@ -973,7 +984,6 @@ private:
     }
 
     void encoder_adjoint(int64_t begin, int64_t end) {
-        weight_grads(begin, end);
         T *dz = dz_(), *dv = encoder_dv(), *total = dv + 2 * Ep, *dcurrent = total + 2 * Ep;
         const auto plain = [](V w) { return w; };
         for (int64_t t = end - 1; t >= begin; --t) {
@@ -991,18 +1001,15 @@ private:
                 std::fill_n(total, 2 * Ep, T(0));
             }
         }
+        weight_grads(begin, end);
     }
 
-    // Adds the adjoint of the drive at each step to the rows of the encoding neurons that fired.
+    // Adds the adjoint of the drive at each step to the rows of the encoding neurons that fired: the adjoint of `sum_rows`.
     void weight_grads(int64_t begin, int64_t end) {
-        times.get(2 * Ep * BLOCK);
-        std::vector<int> n(2 * Ep, 0);
-        for (int64_t t = begin; t < end; ++t)
-            for (auto e = encoder.spikes.begin(t); e != encoder.spikes.end(t); ++e) times()[*e * BLOCK + n[*e]++] = t - begin;
-        constexpr int TILE = 2;
-        for (int tile = 0; tile < 2 * mv; tile += TILE)
-            for (int e = 0; e < 2 * Ep; ++e)
-                sum_tiles<TILE>(&times()[e * BLOCK], &times()[e * BLOCK + n[e]], vec(g_()) + tile, 2 * mv, vec(write_grads()) + int64_t(e) * 2 * mv + tile);
+        for (int64_t t = end - 1; t >= begin; --t) {
+            if (t + period < end) add(g(t), g(t + period), 2 * mv);
+            each_change(t, write_grads(), [&](T* row, T sign) { add(row, g(t), 2 * mv, sign); });
+        }
     }
 };
 
