@@ -8,6 +8,7 @@ Every folder below the first with options.yaml and metrics.jsonl is a run. What 
 """
 
 import argparse
+import collections
 import csv
 import io
 import json
@@ -227,7 +228,8 @@ def training_curves(result: Result) -> curves.Curves:
     epochs = [line | line["rates"] for line in result.metrics]
     columns = {name: np.array([epoch[name] for epoch in epochs]) for name in epochs[0] if name != "rates"}
     columns["epoch"] = columns["epoch"] + 1
-    label = f"{result.options['sequence_length']} pairs, {way_of_training(result.options)}"
+    length = result.options["sequence_length"]
+    label = f"{length} pair{'s' * (length > 1)}, {way_of_training(result.options)}"
     return curves.Curves(label, columns, result.options["num_classes"])
 
 
@@ -245,6 +247,7 @@ def accuracy_against_length(rows: list[dict[str, Any]]):
     add_heading(figure, 95, 5, "b", "Share of seeds that have learned so far", 12)
     accuracy, share = add_axes(figure, 14, 8, 74, 44), add_axes(figure, 107, 8, 74, 44)
     trainings = list(dict.fromkeys(row["training"] for row in rows))
+    labels = collections.Counter()  # of points in one place, one over the other
     for place, training in enumerate(trainings):
         colour, shift = SERIES[place % len(SERIES)], 0.15 * (place - (len(trainings) - 1) / 2)
         members = [row for row in rows if row["training"] == training]
@@ -261,7 +264,10 @@ def accuracy_against_length(rows: list[dict[str, Any]]):
         share.plot(np.array(lengths) + shift, shares, "o-", ms=2.5, color=colour, label=training)
         for n, percent in zip(lengths, shares, strict=True):
             words = f"{len(learned[n])}/{len(by_length[n])}"
-            share.annotate(words, (n + shift, percent), (3, 3), textcoords="offset points", color=colour, size=5)
+            away = (5 + 6 * labels[n, percent]) * (-1 if percent > 50 else 1)
+            style = {"textcoords": "offset points", "ha": "center", "va": "center", "color": colour, "size": 5}
+            share.annotate(words, (n + shift, percent), (0, away), **style)
+            labels[n, percent] += 1
     longest = max(row["sequence_length"] for row in rows)
     dense = np.linspace(2, longest, 100)
     accuracy.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=(0, (3, 1.5)), label="guessing among the labels shown")

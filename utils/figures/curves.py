@@ -146,7 +146,7 @@ def _draw_repetitions(ax: Axes, runs: Sequence[Curves], x: str, y: str, **look) 
 
 
 def _draw_chance(ax: Axes, runs: Sequence[Curves], words: str = "") -> None:
-    for classes in sorted({run.num_classes for run in runs} - {None}):
+    for classes in sorted({run.num_classes for run in runs} - {None, 1}):  # of one class there is nothing to guess
         ax.text(1, 100 / classes + 1, words, transform=ax.get_yaxis_transform(), ha="right", va="bottom", size=6, color=GREY)
         ax.axhline(100 / classes, color=GREY, lw=0.6, ls=LINE_STYLES[1], zorder=1).set_gid(f"chance of {classes} classes")
 
