@@ -178,9 +178,8 @@ def _child(local_rank: int, job: Job, place: Place, options: Options, args: tupl
     writers[local_rank].send(ending)
     sys.stdout.flush()
     sys.stderr.flush()
-    if ending.failed:
-        os._exit(ending.status)  # a process group that is broken may not come to its end
-    sys.exit(ending.status)
+    # A process group that is broken may not come to its end, and PyTorch's threads may abort at that of the interpreter.
+    os._exit(ending.status)
 
 
 def _wait(children, readers, place: Place, options: Options, interruption: Interruption) -> list[Ending]:
