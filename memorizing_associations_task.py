@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import models
 from data.loader import ahead
-from models.kernels import POPULATIONS, BackendError, resolve_backend
+from models.backends import POPULATIONS, BackendError, resolve_backend
 from utils import checkpoints, distributed, launch, memory, rendezvous
 from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.interruption import Interruption

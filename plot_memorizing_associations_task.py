@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import data
 import models
-from models.kernels import POPULATIONS, BackendError, resolve_backend
+from models.backends import POPULATIONS, BackendError, resolve_backend
 from models.replay import replay
 from utils import checkpoints, figures
 from utils.errors import UserError, outlive_output, warn_in_one_line
@@ -198,7 +198,7 @@ def record(options: Options, state_dict: Mapping[str, torch.Tensor]) -> tuple[fi
         logits=output.logits[0].numpy(),
         memories=replayed.memories[0].numpy(),
         populations=[figures.Population(title, activity(store), activity(recall)) for title, store, recall in ROWS],
-        threshold=model.dynamics.lif.thr,
+        threshold=model.dynamics.neuron.thr,
         num_time_steps=model.dynamics.num_time_steps,
         readout_steps=model.dynamics.readout_steps,
     )

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import data
 import memorizing_associations_task as task
 import models
-from models.kernels import resolve_backend
+from models.backends import resolve_backend
 from utils import distributed
 from utils.options import TASK_GROUPS, Parser
 

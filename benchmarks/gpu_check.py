@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 import data
 import memorizing_associations_task as task
 import models
-from models.kernels import POPULATIONS
-from models.kernels.triton import SEGMENT
+from models.backends import POPULATIONS
+from models.backends.triton import SEGMENT
 from utils.options import TASK_GROUPS, Options, Parser
 
 EPOCH = 1  # the first one with the activity regularization

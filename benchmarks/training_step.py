@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 import models
-from models.kernels import POPULATIONS
+from models.backends import POPULATIONS
 from utils import checkpoints
 from utils.errors import UserError
 

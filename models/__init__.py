@@ -1,4 +1,4 @@
-"""The Hebbian spiking memory network. `build_model` makes one; `kernels` runs it through time."""
+"""The Hebbian spiking memory network. `build_model` makes one."""
 
 from models.memorizing_associations import SILENT_BELOW, MemorizingAssociations, Output, build_model, rate_regularization
 

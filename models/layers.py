@@ -1,4 +1,4 @@
-"""The layers: what holds weights. They know nothing of time, which is in `models.kernels`.
+"""The layers: what holds weights. They know nothing of time, which is in `models.backends`.
 
 Names of modules and parameters are those of the published checkpoints.
 """

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models import kernels
-from models.kernels.reference import POPULATIONS, Dynamics
+from models import backends
+from models.backends.reference import POPULATIONS, Dynamics
 from models.layers import EmbeddingLayer, InputLayer, ReadingLayer, WritingLayer
-from models.neurons import LIFConstants
-from models.plasticity import HebbianConstants
+from models.neurons import LIFNeuron
+from models.plasticity import HebbianRule
 
 SECONDS_PER_STEP = 1e-3
 SILENT_BELOW = 0.01  # Hz, mean rate of a population: one spike of 100 neurons in a second
@@ -60,7 +60,7 @@ class MemorizingAssociations(nn.Module):
             query: one of the vectors, B x F.
             record: return the spikes of every population and the memory, too.
         """
-        recalled = kernels.store_and_recall(
+        recalled = backends.store_and_recall(
             *self.encoding_currents(features, labels, query),
             self.writing_layer.W,
             self.reading_layer.W,
@@ -103,17 +103,17 @@ def build_model(options: Mapping[str, Any], backend: str = "auto") -> Memorizing
     """The network of a mapping of options under their published names (others are ignored, missing ones take their default).
 
     Args:
-        backend: one of `models.kernels.BACKENDS`.
+        backend: one of `models.backends.BACKENDS`.
 
     Raises:
         ValueError: unknown backend.
-        models.kernels.BackendError: a backend asked for by name cannot run here.
+        models.backends.BackendError: a backend asked for by name cannot run here.
     """
-    kernels.check_backend(backend)
+    backends.check_backend(backend)
     dynamics = constants_from(
         Dynamics,
         options,
-        lif=constants_from(LIFConstants, options),
-        hebbian=constants_from(HebbianConstants, options),
+        neuron=constants_from(LIFNeuron, options),
+        rule=constants_from(HebbianRule, options),
     )
     return MemorizingAssociations(constants_from(Sizes, options), dynamics, backend)

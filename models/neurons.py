@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LIFConstants:
+class LIFNeuron:
     """Constants of every LIF neuron of the network, under the names of the command-line options."""
 
     thr: float = 0.1  # firing threshold theta
@@ -59,7 +59,7 @@ class Spike(torch.autograd.Function):
         return grad_spikes * surrogate * may_fire, None, None
 
 
-def lif_step(current: Tensor, state: LIFState, constants: LIFConstants) -> LIFState:
+def lif_step(current: Tensor, state: LIFState, constants: LIFNeuron) -> LIFState:
     """One time step of a LIF population.
 
         v' = alpha v + (1 - alpha) I - theta z        (perfect_reset: v' = alpha v (1 - z) + (1 - alpha) I)

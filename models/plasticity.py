@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class HebbianConstants:
+class HebbianRule:
     """Constants of the Hebbian rule, under the names of the command-line options."""
 
     w_max: float = 1.0  # soft upper bound of a weight
@@ -24,13 +24,13 @@ class HebbianConstants:
         return math.exp(-1.0 / self.tau_trace)
 
 
-def update_trace(trace: Tensor, spikes: Tensor, constants: HebbianConstants) -> Tensor:
+def update_trace(trace: Tensor, spikes: Tensor, constants: HebbianRule) -> Tensor:
     """One step of a spike trace: beta * trace + (1 - beta) * spikes."""
     beta = constants.beta
     return beta * trace + (1 - beta) * spikes
 
 
-def hebbian_update(memory: Tensor, value_trace: Tensor, key_trace: Tensor, constants: HebbianConstants) -> Tensor:
+def hebbian_update(memory: Tensor, value_trace: Tensor, key_trace: Tensor, constants: HebbianRule) -> Tensor:
     """One step of the Hebbian memory, from traces already updated in this step.
 
         W_ij + gamma_pos (w_max - W_ij) nu_i kappa_j - gamma_neg kappa_j^2 W_ij

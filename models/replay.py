@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from models.kernels import Dynamics
+from models.backends import Dynamics
 from models.memorizing_associations import MemorizingAssociations
-from models.neurons import LIFConstants, LIFState, lif_step
+from models.neurons import LIFNeuron, LIFState, lif_step
 from models.plasticity import hebbian_update, update_trace
 
 
@@ -54,10 +54,10 @@ def replay(
         "read_key": linear(activity["query_encoded"], from_query) + linear(delayed, from_values),
         "read_value": activity["read_key"] @ activity["memory"].mT,
     }
-    return Replay({name: _membrane(current, activity[name], dynamics.lif) for name, current in currents.items()}, memories)
+    return Replay({name: _membrane(current, activity[name], dynamics.neuron) for name, current in currents.items()}, memories)
 
 
-def _membrane(current: Tensor, spikes: Tensor, constants: LIFConstants) -> Tensor:
+def _membrane(current: Tensor, spikes: Tensor, constants: LIFNeuron) -> Tensor:
     """Membrane potentials of a population that receives `current` and emits `spikes`, all B x time x neurons."""
     state = LIFState.at_rest(current[:, 0])
     membranes = []
@@ -74,9 +74,9 @@ def _write(key_spikes: Tensor, value_spikes: Tensor, dynamics: Dynamics) -> tupl
     memories, recalled = [], []
     for t, (k, v) in enumerate(zip(key_spikes.unbind(1), value_spikes.unbind(1), strict=True), start=1):
         recalled.append((memory @ k.unsqueeze(-1)).squeeze(-1))
-        key_trace = update_trace(key_trace, k, dynamics.hebbian)
-        value_trace = update_trace(value_trace, v, dynamics.hebbian)
-        memory = hebbian_update(memory, value_trace, key_trace, dynamics.hebbian)
+        key_trace = update_trace(key_trace, k, dynamics.rule)
+        value_trace = update_trace(value_trace, v, dynamics.rule)
+        memory = hebbian_update(memory, value_trace, key_trace, dynamics.rule)
         if t % dynamics.num_time_steps == 0:
             memories.append(memory)
     return torch.stack(memories, dim=1), torch.stack(recalled, dim=1)

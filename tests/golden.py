@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import models
-from models.kernels import POPULATIONS
+from models.backends import POPULATIONS
 
 FOLDER = Path(__file__).parent / "golden"
 FLOAT64 = ("small_defaults", "one_pair", "other_constants", "perfect_reset", "readout_delay_5", "full_size_float64")

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import data
 import models
-from models.kernels import POPULATIONS, cpp
+from models.backends import POPULATIONS, cpp
 
 sizes = st.fixed_dictionaries(
     {
@@ -159,7 +159,7 @@ def test_it_runs_on_a_cpu_only():
 
 
 def start(cache, **environment):
-    code = "from models.kernels import cpp; print(cpp.unavailable('cpu'))"
+    code = "from models.backends import cpp; print(cpp.unavailable('cpu'))"
     variables = os.environ | {cpp.CACHE_VARIABLE: str(cache)} | environment
     return subprocess.Popen(
         [sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

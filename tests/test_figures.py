@@ -19,7 +19,7 @@ from matplotlib.text import Text
 
 import models
 import plot_memorizing_associations_task as plot
-from models.kernels import POPULATIONS
+from models.backends import POPULATIONS
 from models.replay import replay
 from utils import figures
 from utils.options import CURRICULUM, MODEL, TRAINING

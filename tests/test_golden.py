@@ -3,7 +3,7 @@
 import golden
 import pytest
 
-from models.kernels import BACKENDS, POPULATIONS
+from models.backends import BACKENDS, POPULATIONS
 
 ON_CPU = [name for name in BACKENDS[1:] if name != "triton"]
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import models
-from models.kernels import reference
-from models.neurons import LIFConstants, LIFState, Spike, lif_step
-from models.plasticity import HebbianConstants, hebbian_update, update_trace
+from models.backends import reference
+from models.neurons import LIFNeuron, LIFState, Spike, lif_step
+from models.plasticity import HebbianRule, hebbian_update, update_trace
 
 
 def run(current, **constants):
     """Spikes and membrane of one neuron."""
-    lif = LIFConstants(**constants)
+    lif = LIFNeuron(**constants)
     state, spikes, membrane = LIFState.at_rest(torch.zeros(1, dtype=torch.float64)), [], []
     for value in current:
         state = lif_step(torch.tensor([value], dtype=torch.float64), state, lif)
@@ -56,7 +56,7 @@ def test_surrogate_derivative_is_a_triangle_masked_by_refractoriness():
 
 
 def test_the_hebbian_update_of_one_weight():
-    constants = HebbianConstants(w_max=0.7, gamma_pos=0.5, gamma_neg=0.2, tau_trace=5.0)
+    constants = HebbianRule(w_max=0.7, gamma_pos=0.5, gamma_neg=0.2, tau_trace=5.0)
     nu = update_trace(torch.tensor([[0.0, 0.4]]), torch.tensor([[1.0, 0.0]]), constants)
     beta = math.exp(-1 / 5)
     assert nu.tolist()[0] == pytest.approx([1 - beta, 0.4 * beta])

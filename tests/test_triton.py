@@ -21,10 +21,10 @@ pytest.importorskip("triton", reason="Triton is not installed; it is optional, f
 import triton
 from triton.backends.compiler import GPUTarget
 
-from models.kernels import BackendError, Dynamics, reference, resolve_backend
-from models.kernels import triton as fused
-from models.neurons import LIFConstants
-from models.plasticity import HebbianConstants
+from models.backends import BackendError, Dynamics, reference, resolve_backend
+from models.backends import triton as fused
+from models.neurons import LIFNeuron
+from models.plasticity import HebbianRule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -96,7 +96,7 @@ QUICK = dict(tau_mem=5.0), dict(tau_trace=4.0)  # so that a few steps suffice fo
 
 def quick(lif=None, hebbian=None, **others):
     neuron, rule = QUICK
-    return Dynamics(lif=LIFConstants(**neuron | (lif or {})), hebbian=HebbianConstants(**rule | (hebbian or {})), **others)
+    return Dynamics(neuron=LIFNeuron(**neuron | (lif or {})), rule=HebbianRule(**rule | (hebbian or {})), **others)
 
 
 CASES = {
@@ -194,12 +194,12 @@ def test_float64_agrees_with_the_published_program(name):
 
 def fused_write_arguments(save):
     tensors = [torch.rand(1, 2, 2, device=DEVICE, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    return *tensors, 0.2, astuple(LIFConstants()), astuple(HebbianConstants()), save
+    return *tensors, 0.2, astuple(LIFNeuron()), astuple(HebbianRule()), save
 
 
 @runs_kernels
 def test_operations_are_registered_as_torch_library_wants():
-    neuron = list(astuple(LIFConstants()))
+    neuron = list(astuple(LIFNeuron()))
 
     def tensor(*shape):
         return (4 * torch.rand(shape, device=DEVICE, dtype=torch.float64)).requires_grad_()
@@ -237,8 +237,8 @@ def test_strided_inputs():
         torch.rand(4, 4, device=DEVICE, dtype=torch.float64),
     )
     strided = (4 * current).transpose(0, 2).requires_grad_()
-    ours = fused.lif(strided, 3, LIFConstants())
-    theirs = reference.lif(strided, 3, LIFConstants())
+    ours = fused.lif(strided, 3, LIFNeuron())
+    theirs = reference.lif(strided, 3, LIFNeuron())
     assert torch.equal(ours, theirs)
     (expected,) = torch.autograd.grad(theirs.sum(), strided)
     assert_close(torch.autograd.grad(ours.sum(), strided)[0], expected)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
-from models.kernels import BackendError, resolve_backend
+from models.backends import BackendError, resolve_backend
 from utils import distributed
 from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.interruption import Interruption

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from models.kernels.reference import SEGMENT_STEPS
+from models.backends.reference import SEGMENT_STEPS
 from utils.errors import UserError
 
 _FLOAT = 4  # bytes
@@ -65,7 +65,7 @@ def _cpp(options: Mapping[str, Any], batch: int) -> int:
 
 def _triton(options: Mapping[str, Any], batch: int) -> int:
     L, T, E, M = (options[name] for name in ("sequence_length", "num_time_steps", "embedding_size", "memory_size"))
-    from models.kernels.triton import SEGMENT  # loaded already where this backend runs
+    from models.backends.triton import SEGMENT  # loaded already where this backend runs
 
     steps = L * T
     return _FLOAT * batch * (steps * (10 * E + 11 * M) + (steps // SEGMENT + 4) * M**2)

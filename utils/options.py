@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-from models.kernels import BACKENDS, Dynamics
+from models.backends import BACKENDS, Dynamics
 from models.memorizing_associations import Sizes
-from models.neurons import LIFConstants
-from models.plasticity import HebbianConstants
+from models.neurons import LIFNeuron
+from models.plasticity import HebbianRule
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _as_tuple(value: Any) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-_sizes, _dynamics, _lif, _hebbian = Sizes(), Dynamics(), LIFConstants(), HebbianConstants()
+_sizes, _dynamics, _lif, _hebbian = Sizes(), Dynamics(), LIFNeuron(), HebbianRule()
 
 SEQUENCE_LENGTH = Option(
     "sequence_length", 10, lengths, "pairs in a sequence; with --evaluate several: 2,5,10 or 2-10", low=1, words="N"

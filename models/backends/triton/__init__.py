@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.kernels.reference import POPULATIONS, Dynamics, Recalled
-from models.neurons import LIFConstants
-from models.plasticity import HebbianConstants
+from models.backends.reference import POPULATIONS, Dynamics, Recalled
+from models.neurons import LIFNeuron
+from models.plasticity import HebbianRule
 
 try:
     import triton
 
-    from models.kernels import triton_kernels as kernels
+    from models.backends.triton import kernels
 except ImportError as error:
     kernels, IMPORT_ERROR = None, error
 
@@ -59,23 +59,23 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def lif(current: Tensor, steps: int, constants: LIFConstants) -> Tensor:
+def lif(current: Tensor, steps: int, constants: LIFNeuron) -> Tensor:
     """`reference.lif`."""
     return _lif(current, steps, astuple(constants))
 
 
 def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.hebbian_write`."""
-    key_spikes = lif(key_current, 1, dynamics.lif)  # keys do not depend on the memory
+    key_spikes = lif(key_current, 1, dynamics.neuron)  # keys do not depend on the memory
     save = torch.is_grad_enabled()
-    constants = astuple(dynamics.lif), astuple(dynamics.hebbian)
+    constants = astuple(dynamics.neuron), astuple(dynamics.rule)
     memory, value_spikes, *_ = _write(key_spikes, value_current, dynamics.memory_feedback, *constants, save)
     return memory, key_spikes, value_spikes
 
 
 def hebbian_read(query_current: Tensor, memory: Tensor, feedback_weight: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
     """`reference.hebbian_read`."""
-    return _read(query_current, memory, feedback_weight, dynamics.readout_delay, astuple(dynamics.lif))[:2]
+    return _read(query_current, memory, feedback_weight, dynamics.readout_delay, astuple(dynamics.neuron))[:2]
 
 
 def store_and_recall(
@@ -88,7 +88,7 @@ def store_and_recall(
     record: bool = False,
 ) -> Recalled:
     """`reference.store_and_recall`."""
-    num_steps, constants = dynamics.num_time_steps, dynamics.lif
+    num_steps, constants = dynamics.num_time_steps, dynamics.neuron
     embedding_size = query_current.shape[-1]
     encoded = lif(torch.cat([features_current, labels_current], dim=-1), num_steps, constants)
     query = lif(query_current.unsqueeze(1), num_steps, constants)
@@ -162,7 +162,7 @@ def _each_neuron(kernel, *tensors: Tensor, like: Tensor, neuron: list[float], **
         batch * neurons,
         neurons=neurons,
         block=NEURONS_PER_PROGRAM,
-        neuron=_constants(LIFConstants, neuron),
+        neuron=_constants(LIFNeuron, neuron),
         **constants,
     )
 
@@ -212,8 +212,8 @@ def _write(
         **tile,
         segment=SEGMENT,
         feedback=feedback,
-        neuron=_constants(LIFConstants, neuron),
-        rule=_constants(HebbianConstants, rule),
+        neuron=_constants(LIFNeuron, neuron),
+        rule=_constants(HebbianRule, rule),
         save=save,
         num_warps=1,
         maxnreg=WRITE_REGISTERS,
@@ -264,8 +264,8 @@ def _write_backward(
         segment=SEGMENT,
         unrolled=UNROLLED,
         feedback=feedback,
-        neuron=_constants(LIFConstants, neuron),
-        rule=_constants(HebbianConstants, rule),
+        neuron=_constants(LIFNeuron, neuron),
+        rule=_constants(HebbianRule, rule),
         num_warps=1,
         maxnreg=WRITE_BACKWARD_REGISTERS,
     )
@@ -329,7 +329,7 @@ def _read(
         steps,
         **_tile(size, READ_TILE),
         delay=delay,
-        neuron=_constants(LIFConstants, neuron),
+        neuron=_constants(LIFNeuron, neuron),
     )
     return outputs
 
@@ -361,7 +361,7 @@ def _read_backward(
         steps,
         **_tile(size, READ_TILE),
         delay=delay,
-        neuron=_constants(LIFConstants, neuron),
+        neuron=_constants(LIFNeuron, neuron),
     )
     return grad_drives
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.neurons import LIFConstants, LIFState, lif_step
-from models.plasticity import HebbianConstants, hebbian_update, update_trace
+from models.neurons import LIFNeuron, LIFState, lif_step
+from models.plasticity import HebbianRule, hebbian_update, update_trace
 
 # The recorded populations, under the names that rates and activity are given by.
 POPULATIONS = (
@@ -38,8 +38,8 @@ class Dynamics:
     readout_delay: int = 1  # steps after which value spikes feed back to the reading keys
     memory_feedback: float = 0.2  # strength of the memory's output to the value neurons while writing
     readout_steps: int = 30  # value spikes of so many last steps are summed for the output
-    lif: LIFConstants = field(default_factory=LIFConstants)
-    hebbian: HebbianConstants = field(default_factory=HebbianConstants)
+    neuron: LIFNeuron = field(default_factory=LIFNeuron)
+    rule: HebbianRule = field(default_factory=HebbianRule)
 
 
 class Recalled(NamedTuple):
@@ -50,7 +50,7 @@ class Recalled(NamedTuple):
     activity: dict[str, Tensor] | None  # population -> spikes B x time x neurons, and "memory" B x M x M; detached
 
 
-def lif(current: Tensor, steps: int, constants: LIFConstants) -> Tensor:
+def lif(current: Tensor, steps: int, constants: LIFNeuron) -> Tensor:
     """A feed-forward LIF population, from rest.
 
     Args:
@@ -80,7 +80,7 @@ def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics
     Returns:
         The memory after the last step (B x M x M, values x keys), key spikes and value spikes (B x time x M).
     """
-    key_spikes = lif(key_current, 1, dynamics.lif)  # keys do not depend on the memory
+    key_spikes = lif(key_current, 1, dynamics.neuron)  # keys do not depend on the memory
     memory, value_spikes = _RecomputedWrite.apply(key_spikes, value_current, dynamics)
     return memory, key_spikes, value_spikes
 
@@ -130,10 +130,10 @@ def _write_segment(key_spikes, value_current, dynamics, memory, z, v, r, value_t
     values = []
     for k, i_v in zip(key_spikes.unbind(1), value_current.unbind(1), strict=True):
         recalled = (memory @ k.unsqueeze(-1)).squeeze(-1)
-        state = lif_step(i_v + dynamics.memory_feedback * recalled, state, dynamics.lif)
-        key_trace = update_trace(key_trace, k, dynamics.hebbian)
-        value_trace = update_trace(value_trace, state.spikes, dynamics.hebbian)
-        memory = hebbian_update(memory, value_trace, key_trace, dynamics.hebbian)
+        state = lif_step(i_v + dynamics.memory_feedback * recalled, state, dynamics.neuron)
+        key_trace = update_trace(key_trace, k, dynamics.rule)
+        value_trace = update_trace(value_trace, state.spikes, dynamics.rule)
+        memory = hebbian_update(memory, value_trace, key_trace, dynamics.rule)
         values.append(state.spikes)
     return memory, *state, value_trace, key_trace, torch.stack(values, dim=1)
 
@@ -156,8 +156,8 @@ def hebbian_read(query_current: Tensor, memory: Tensor, feedback_weight: Tensor,
     for t, current in enumerate(query_current.unbind(1)):
         if t >= dynamics.readout_delay:
             current = current + linear(values[t - dynamics.readout_delay], feedback_weight)
-        key = lif_step(current, key, dynamics.lif)
-        value = lif_step((memory @ key.spikes.unsqueeze(-1)).squeeze(-1), value, dynamics.lif)
+        key = lif_step(current, key, dynamics.neuron)
+        value = lif_step((memory @ key.spikes.unsqueeze(-1)).squeeze(-1), value, dynamics.neuron)
         keys.append(key.spikes)
         values.append(value.spikes)
     return torch.stack(keys, dim=1), torch.stack(values, dim=1)
@@ -181,7 +181,7 @@ def store_and_recall(
         read_weight: M x (E + M); first E columns from the query, last M from the value neurons.
         record: return the spikes of every population and the memory, too.
     """
-    num_steps, constants = dynamics.num_time_steps, dynamics.lif
+    num_steps, constants = dynamics.num_time_steps, dynamics.neuron
     features = lif(features_current, num_steps, constants)
     labels = lif(labels_current, num_steps, constants)
     query = lif(query_current.unsqueeze(1), num_steps, constants)

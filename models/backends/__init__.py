@@ -12,7 +12,7 @@ import warnings
 
 from torch import Tensor
 
-from models.kernels.reference import POPULATIONS, Dynamics, Recalled
+from models.backends.reference import POPULATIONS, Dynamics, Recalled
 
 __all__ = [
     "BACKENDS",
@@ -67,7 +67,7 @@ def resolve_backend(name: str, device_type: str) -> tuple[str, dict[str, str]]:
 
 
 def _module(name: str):
-    return importlib.import_module(f"models.kernels.{name}")
+    return importlib.import_module(f"models.backends.{name}")
 
 
 def store_and_recall(*args: Tensor | Dynamics, record: bool, backend: str) -> Recalled:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.kernels.reference import POPULATIONS, Dynamics, Recalled
+from models.backends.reference import POPULATIONS, Dynamics, Recalled
 
 SOURCE = Path(__file__).with_name("store_and_recall.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-fno-tree-loop-distribute-patterns")
@@ -122,8 +122,8 @@ def unavailable(device_type: str) -> str | None:
 
 
 def _constants(dynamics: Dynamics) -> list[float]:
-    values = asdict(dynamics) | asdict(dynamics.lif) | asdict(dynamics.hebbian)
-    values |= {"alpha": dynamics.lif.alpha, "beta": dynamics.hebbian.beta}
+    values = asdict(dynamics) | asdict(dynamics.neuron) | asdict(dynamics.rule)
+    values |= {"alpha": dynamics.neuron.alpha, "beta": dynamics.rule.beta}
     return [float(values[name]) for name in (*INTEGERS[4:-1], *CONSTANTS)]
 
 

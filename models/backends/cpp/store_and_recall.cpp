@@ -1,4 +1,4 @@
-// Forward and backward of models/kernels/reference.py, sample by sample in cache.
+// Forward and backward of models/backends/reference.py, sample by sample in cache.
 //
 // Five facts make it fast:
 //   1. Spikes are rare: a product with spikes is a sum of the weight rows of the neurons that fired, and the adjoint of a
@@ -50,7 +50,14 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- vectors
 
+// As wide as the machine's: the compiler takes comparisons and shuffles of wider ones apart lane by lane.
+#if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
 template <class T> constexpr int LANES = VECTOR_BYTES / sizeof(T);
 
 template <class T> struct Vectors;
@@ -72,6 +79,8 @@ template <class T> const Vec<T>* vec(const T* p) { return reinterpret_cast<const
 inline uint32_t bits(IntVec<float> v) {
 #if defined(__AVX512DQ__)
     return _mm512_movepi32_mask((__m512i)v);
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)v);
 #else
     uint32_t b = 0;
     for (int i = 0; i < LANES<float>; ++i) b |= uint32_t(v[i] & 1) << i;
@@ -81,6 +90,8 @@ inline uint32_t bits(IntVec<float> v) {
 inline uint32_t bits(IntVec<double> v) {
 #if defined(__AVX512DQ__)
     return _mm512_movepi64_mask((__m512i)v);
+#elif defined(__AVX2__)
+    return _mm256_movemask_pd((__m256d)v);
 #else
     uint32_t b = 0;
     for (int i = 0; i < LANES<double>; ++i) b |= uint32_t(v[i] & 1) << i;
