@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import models
 from data.loader import ahead
 from models.backends import POPULATIONS, BackendError, resolve_backend
 from utils import checkpoints, distributed, launch, memory, rendezvous
+from utils.distributed import print_rank0
 from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
@@ -38,8 +38,8 @@ def main(argv=None) -> int:
     warn_in_one_line()
     outlive_output()
     try:
-        place = rendezvous.find_place(options)
-        leads = place is None or place.leads  # other nodes get the options and the checkpoint from the first
+        ranks = rendezvous.find_ranks(options)
+        leads = ranks is None or ranks.leads  # other nodes get the options and the checkpoint from the first
         checkpoint = find_checkpoint(options) if leads else None
         if checkpoint:
             adopt_checkpoint(options, checkpoint, parser)
@@ -50,8 +50,8 @@ def main(argv=None) -> int:
             return 0
         if not options["evaluate"]:
             options.values["output_dir"] = run_folder(options, checkpoint)
-        return launch.run(evaluate_checkpoint if options["evaluate"] else train, place, options, checkpoint)
-    except rendezvous.PlaceError as error:
+        return launch.run(evaluate_checkpoint if options["evaluate"] else train, ranks, options, checkpoint)
+    except rendezvous.RanksError as error:
         parser.error(str(error))
     except (UserError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -97,10 +97,10 @@ def prepare(options: Options, checkpoint: dict | None) -> tuple[models.Memorizin
     device = choose_device(options)
     backend, why_not = resolve_backend(options["backend"], device.type)
     faster = "" if backend == "reference" else "".join(f" ({name}: {reason})" for name, reason in why_not.items())
-    say(f"backend {backend} on {device}{faster}")
+    print_rank0(f"backend {backend} on {device}{faster}")
     if options["seed"] is None:
-        options.values["seed"] = distributed.from_main(random.SystemRandom().randrange(2**31))
-        say(f"seed {options['seed']}")
+        options.values["seed"] = distributed.broadcast_object(random.SystemRandom().randrange(2**31))
+        print_rank0(f"seed {options['seed']}")
     if not options["evaluate"]:
         memory.check(backend, device, options.values, distributed.world_size() // max(options["world_size"], 1))
     torch.manual_seed(options["seed"])
@@ -141,7 +141,7 @@ def train(options: Options, checkpoint: dict | None) -> int:
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         position = {key: checkpoint[key] for key in position}
-        say(f"resuming {options['resume']} in epoch {position['epoch'] + 1} after {position['sample']} samples")
+        print_rank0(f"resuming {options['resume']} in epoch {position['epoch'] + 1} after {position['sample']} samples")
     if distributed.is_main():
         run.create(options)
         run.write_metrics(position["history"])
@@ -174,14 +174,16 @@ def train(options: Options, checkpoint: dict | None) -> int:
             else:
                 is_best = False
             save(is_best)
-            status = distributed.greatest(interruption.status)
+            status = distributed.all_reduce_max(interruption.status)
             if status and position["epoch"] < epochs:
                 progress.close()
                 where = f"in epoch {position['epoch'] + 1} after {position['sample']} of {samples} samples"
-                say(f"interrupted {where}; --resume {run.folder / checkpoints.LAST} goes on")
+                print_rank0(f"interrupted {where}; --resume {run.folder / checkpoints.LAST} goes on")
                 return status
     progress.close()
-    say(f"best validation accuracy {position['best_acc']:.3f} %; --resume {run.folder / checkpoints.BEST} --evaluate tests it")
+    print_rank0(
+        f"best validation accuracy {position['best_acc']:.3f} %; --resume {run.folder / checkpoints.BEST} --evaluate tests it"
+    )
     return 0
 
 
@@ -200,7 +202,7 @@ def train_epoch(network, optimizer, position, options, device, progress, interru
         where = f"epoch {epoch + 1}, step {start // batch_size + 1}"
         train_step(network, optimizer, batch.to(device), stop - start, epoch, options, sums, where)
         progress.step(stop - start, f"epoch {epoch + 1}", lambda: sums.shown() | {"learning_rate": learning_rate})
-        if stop < samples and distributed.greatest(interruption.status):
+        if stop < samples and distributed.all_reduce_max(interruption.status):
             position |= {"sample": stop, "running": sums.over_processes()}
             return None
     return {"epoch": epoch, "learning_rate": learning_rate, **sums.means()}
@@ -225,7 +227,8 @@ def train_step(
     (loss * distributed.world_size()).backward()  # DistributedDataParallel takes the mean over the processes
     gradients = {name.removeprefix("module."): weight.grad for name, weight in network.named_parameters()}
     norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-    if distributed.total((~torch.isfinite(loss + norm)).float()) > 0:  # the one point where a step waits for the device
+    # The one point where a step waits for the device:
+    if distributed.all_reduce_sum((~torch.isfinite(loss + norm)).float()) > 0:
         tensors = {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in gradients.items()}
         broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         raise not_finite(where, ", ".join(broken) or "norm of the gradient, or a tensor of another process")
@@ -261,7 +264,7 @@ class Sums:
         self.values += torch.stack([term.detach().double() for term in terms])
 
     def over_processes(self) -> dict[str, float]:
-        return dict(zip(self.NAMES, distributed.total(self.values).tolist(), strict=True))
+        return dict(zip(self.NAMES, distributed.all_reduce_sum(self.values).tolist(), strict=True))
 
     def means(self) -> dict[str, Any]:
         """Means over the epoch: loss, accuracy in percent, R in Hz^2, firing rates in Hz."""
@@ -287,7 +290,7 @@ def training_batches(batches: list[tuple[int, int]], epoch: int, options: Option
     def make(start: int, stop: int) -> data.Samples:
         length = data.training_length(start, epoch, **options.of(CURRICULUM, "sequence_length", "dataset_seed"))
         sizes = (length, options["num_classes"], options["feature_size"], options["dataset_seed"])
-        part = slice(*distributed.share(start, stop))
+        part = slice(*distributed.shard(start, stop))
         if order is None:
             return data.training_samples(part.start, part.stop, epoch, *sizes)
         return data.training_samples(0, data.TRAINING_SAMPLES, 0, *sizes)[order[part]]
@@ -299,7 +302,7 @@ def report_epoch(metrics: dict, options: Options, progress: Progress, log) -> No
     progress.epoch(epoch_line(metrics, options["epochs"]))
     for name, rate in metrics["rates"].items():
         if rate < models.SILENT_BELOW:
-            say(
+            print_rank0(
                 f"warning: {name} is silent (mean rate {rate:.2g} Hz in epoch {metrics['epoch'] + 1}), so little is "
                 "learned through it; if this lasts, start again with another --seed, or with short sequences first "
                 "(--curriculum_start 2)"
@@ -345,12 +348,6 @@ def write_tensorboard(log, metrics: dict) -> None:
     log.flush()
 
 
-def say(message: str) -> None:
-    if distributed.is_main():
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-
-
 # Evaluation
 
 EVALUATION_BATCH = 125  # small enough that there is one for each of 8 processes
@@ -374,7 +371,7 @@ def evaluate(model: models.MemorizingAssociations, samples: data.Samples, batch_
         logits = model(batch.features, batch.labels, batch.query).logits
         correct = (logits.argmax(1) == batch.answer).sum()
         sums += torch.stack([cross_entropy(logits, batch.answer, reduction="sum").double(), correct.double()])
-    loss, correct = distributed.total(sums).tolist()
+    loss, correct = distributed.all_reduce_sum(sums).tolist()
     return loss / len(samples), 100 * correct / len(samples)
 
 
@@ -387,12 +384,12 @@ def evaluate_checkpoint(options: Options, checkpoint: dict) -> int:
         samples = evaluation_set("test", options, length)
         loss, accuracy = evaluate(model, samples, options["batch_size"], device)
         rows.append({"sequence_length": length, "accuracy": accuracy, "loss": loss})
-        say(f"sequence_length {length:3d}  loss {loss:.4f}  accuracy {accuracy:7.3f} %")
+        print_rank0(f"sequence_length {length:3d}  loss {loss:.4f}  accuracy {accuracy:7.3f} %")
     if len(lengths) > 1 or options["output_dir"]:
         constants = {"trained_length": trained_length, "num_classes": options["num_classes"], "samples": len(samples)}
         constants |= {"dataset_seed": options["dataset_seed"], "checkpoint": options["resume"]}
         write_csv(Path(options["output_dir"] or Path(options["resume"]).parent), [row | constants for row in rows])
-    say(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
+    print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
     return 0
 
 
@@ -404,7 +401,7 @@ def write_csv(folder: Path, rows: list[dict]) -> None:
     path = folder / "accuracy_by_length.csv"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    say(f"table written to {path}")
+    print_rank0(f"table written to {path}")
 
 
 if __name__ == "__main__":

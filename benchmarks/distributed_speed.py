@@ -87,21 +87,21 @@ def work(rank: int, size: int, threads: int, batch_size: int, port: int, pipes) 
     optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
     sums = task.Sums(torch.device("cpu"))
     sizes = (options["sequence_length"], options["num_classes"], options["feature_size"], options["dataset_seed"])
-    batch = data.training_samples(*distributed.share(0, batch_size), EPOCH, *sizes)
+    batch = data.training_samples(*distributed.shard(0, batch_size), EPOCH, *sizes)
     gradients = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     rates = torch.zeros(3 * options["embedding_size"] + 4 * options["memory_size"])
 
     def steps(times: int) -> None:
         for _ in range(times):
             task.train_step(network, optimizer, batch, batch_size, EPOCH, options, sums, "")
-            distributed.greatest(0)
+            distributed.all_reduce_max(0)
 
     def exchange(times: int) -> None:
         """What the processes send each other in a step."""
         for _ in range(times):
-            distributed.total(rates)
-            distributed.total(gradients)
-            distributed.greatest(0)
+            distributed.all_reduce_sum(rates)
+            distributed.all_reduce_sum(gradients)
+            distributed.all_reduce_max(0)
 
     while True:
         what, times = pipes[rank].recv()

@@ -297,8 +297,8 @@ def test_torchrun_passes_a_signal_on(tmp_path):
 # Nodes that do not find together
 
 
-def place(*words):
-    return rendezvous.find_place(Parser("", TASK_GROUPS).parse(words))
+def ranks(*words):
+    return rendezvous.find_ranks(Parser("", TASK_GROUPS).parse(words))
 
 
 @pytest.mark.parametrize(
@@ -323,26 +323,26 @@ def test_a_place_that_cannot_be_is_a_usage_error(words, message, capsys):
 
 
 def test_nodes_are_counted_as_published(monkeypatch):
-    assert place() is None
-    one = place("--multiprocessing-distributed", "--processes_per_node", "3")
+    assert ranks() is None
+    one = ranks("--multiprocessing-distributed", "--processes_per_node", "3")
     assert (one.nodes, one.world_size, one.spawns) == (1, 3, True)
-    two = place("--processes_per_node", "3", "--world-size", "2", "--rank", "1", "--dist-url", "tcp://[::1]:29")
-    assert (two.nodes, two.world_size, two.member, two.host, two.port) == (2, 6, 1, "::1", 29)
+    two = ranks("--processes_per_node", "3", "--world-size", "2", "--rank", "1", "--dist-url", "tcp://[::1]:29")
+    assert (two.nodes, two.world_size, two.node, two.host, two.port) == (2, 6, 1, "::1", 29)
     for name, value in {"MASTER_ADDR": "host", "MASTER_PORT": "29", "WORLD_SIZE": "4", "RANK": "3"}.items():
         monkeypatch.setenv(name, value)
-    four = place("--dist-url", "env://", "--processes_per_node", "2")
-    assert (four.nodes, four.world_size, four.member, four.host) == (4, 8, 3, "host")
+    four = ranks("--dist-url", "env://", "--processes_per_node", "2")
+    assert (four.nodes, four.world_size, four.node, four.host) == (4, 8, 3, "host")
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    torchrun = place()
-    assert (torchrun.nodes, torchrun.world_size, torchrun.spawns, torchrun.member) == (2, 4, False, 3)
+    torchrun = ranks()
+    assert (torchrun.nodes, torchrun.world_size, torchrun.spawns, torchrun.node) == (2, 4, False, 3)
 
 
 def meet(*words) -> str:
     """What a node says that does not find the others."""
     options = Parser("", TASK_GROUPS).parse(("--dist_timeout", "1", "--dist_backend", "gloo", *words))
     try:
-        rendezvous.Members(rendezvous.find_place(options), options)
+        rendezvous.Members(rendezvous.find_ranks(options), options)
     except UserError as error:
         return str(error)
     return "met"

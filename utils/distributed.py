@@ -1,10 +1,12 @@
 """Several processes that train one network, by `torch.distributed`. Without a process group, all of this is the one process."""
 
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 _CPU = torch.device("cpu")
 
@@ -23,13 +25,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share(start: int, stop: int) -> tuple[int, int]:
+def shard(start: int, stop: int) -> tuple[int, int]:
     """The part of a range of samples that is this process's; the parts of all processes make up the range. It may be empty."""
     size = stop - start
     return start + size * rank() // world_size(), start + size * (rank() + 1) // world_size()
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over the processes. Not differentiated through."""
     values = values.detach().clone()
     if world_size() > 1:
@@ -37,7 +39,7 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def greatest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The greatest of the processes' numbers."""
     if world_size() == 1:
         return number
@@ -46,13 +48,20 @@ def greatest(number: int) -> int:
     return int(value)
 
 
-def from_main(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """What the main process holds here; the others' is ignored."""
     if world_size() == 1:
         return value
     holder = [value if is_main() else None]
     dist.broadcast_object_list(holder, src=0, device=_CPU)
     return holder[0]
+
+
+def print_rank0(message: str) -> None:
+    """Print a line on the main process, above a progress bar."""
+    if is_main():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def batch_mean(values: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
@@ -63,7 +72,7 @@ def batch_mean(values: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
     local = {name: value.sum(0) / batch_size for name, value in values.items()}
     if world_size() == 1:
         return {name: mean.unsqueeze(0) for name, mean in local.items()}
-    everywhere = total(torch.cat(list(local.values()))).split([len(mean) for mean in local.values()])
+    everywhere = all_reduce_sum(torch.cat(list(local.values()))).split([len(mean) for mean in local.values()])
     return {
         name: (mean + (whole - mean).detach()).unsqueeze(0)
         for (name, mean), whole in zip(local.items(), everywhere, strict=True)

@@ -28,7 +28,7 @@ from utils import distributed
 from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
 from utils.options import Options
-from utils.rendezvous import Members, Place, attempt, open_store, remedy
+from utils.rendezvous import Members, Ranks, attempt, open_store, remedy
 
 Job = Callable[..., int]
 
@@ -37,7 +37,7 @@ _OWN_OPTIONS = ("rank", "gpu", "device")
 _GRACE = 5.0  # seconds for the processes of a node to end by themselves after one of them failed
 
 
-def run(job: Job, place: Place | None, options: Options, *args) -> int:
+def run(job: Job, ranks: Ranks | None, options: Options, *args) -> int:
     """Run `job(options, *args)` in every process, with a process group around it.
 
     Options and `args` are the first node's everywhere. Returns the exit status, after a line on stderr where a process failed.
@@ -45,17 +45,17 @@ def run(job: Job, place: Place | None, options: Options, *args) -> int:
     Raises:
         UserError, BackendError: this node cannot take part.
     """
-    if place is None:
+    if ranks is None:
         return job(options, *args)
-    _check_devices(place, options)
+    _check_devices(ranks, options)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # PyTorch logs a lost connection with a stack of C++ calls
-    if place.spawns:
+    if ranks.spawns:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the processes warn
             resolve_backend(options["backend"], "cuda" if _uses_gpus(options) else "cpu")
-    options.values["world_size"] = place.nodes
-    members = Members(place, options)
-    if place.spawns:
+    options.values["world_size"] = ranks.nodes
+    members = Members(ranks, options)
+    if ranks.spawns:
         return _run_children(job, members, options, args)
     return _run_here(job, members, options, args)
 
@@ -64,14 +64,14 @@ def _uses_gpus(options: Options) -> bool:
     return options["device"] != "cpu" and torch.cuda.is_available()
 
 
-def _check_devices(place: Place, options: Options) -> None:
+def _check_devices(ranks: Ranks, options: Options) -> None:
     backend, gpus = options["dist_backend"], torch.cuda.device_count() if _uses_gpus(options) else 0
     if backend == "nccl" and not (gpus and dist.is_nccl_available()):
         raise UserError("--dist_backend nccl: no GPU for it here; on CPUs: --dist_backend gloo --processes_per_node N")
     if backend == "mpi" and not dist.is_mpi_available():
         raise UserError("--dist_backend mpi: this PyTorch is built without MPI; use gloo (CPUs) or nccl (GPUs)")
-    if gpus and place.processes > gpus:
-        raise UserError(f"--processes_per_node {place.processes}: only {gpus} GPUs here, one a process; or use --device cpu")
+    if gpus and ranks.processes > gpus:
+        raise UserError(f"--processes_per_node {ranks.processes}: only {gpus} GPUs here, one a process; or use --device cpu")
 
 
 # The processes
@@ -88,12 +88,12 @@ class Ending:
     suspect: str = ""  # the name of a process that did not end by itself after another one failed
 
 
-def _work(job: Job, place: Place, local_rank: int, options: Options, args: tuple) -> Ending:
+def _work(job: Job, ranks: Ranks, local_rank: int, options: Options, args: tuple) -> Ending:
     """What each process does: join the others, run the job."""
-    rank = place.member * place.processes + local_rank if place.spawns else place.member
+    rank = ranks.node * ranks.processes + local_rank if ranks.spawns else ranks.node
     try:
-        _join(place, rank, local_rank, options)
-        values, args = distributed.from_main((options.values, args))
+        _join(ranks, rank, local_rank, options)
+        values, args = distributed.broadcast_object((options.values, args))
         options.values = values | {name: options[name] for name in _OWN_OPTIONS}
         status = job(options, *args)
         dist.destroy_process_group()
@@ -107,29 +107,29 @@ def _work(job: Job, place: Place, local_rank: int, options: Options, args: tuple
         return Ending(1, True, cause + remedy(options), traceback.format_exc())
 
 
-def _join(place: Place, rank: int, local_rank: int, options: Options) -> None:
-    _divide_threads(place)
+def _join(ranks: Ranks, rank: int, local_rank: int, options: Options) -> None:
+    _divide_threads(ranks)
     warn_in_one_line()
     outlive_output()
     if rank:
         warnings.simplefilter("ignore")  # rank 0 warns
     if _uses_gpus(options):
-        if place.processes > 1:
+        if ranks.processes > 1:
             options.values["gpu"] = local_rank
         torch.cuda.set_device(options["gpu"] or 0)
     limit = timedelta(seconds=options["dist_timeout"])
     backend = "cpu:gloo,cuda:nccl" if options["dist_backend"] == "nccl" else options["dist_backend"]
-    store = dist.PrefixStore(attempt() + "group", open_store(place, options["dist_timeout"]))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=place.world_size, timeout=limit)
+    store = dist.PrefixStore(attempt() + "group", open_store(ranks, options["dist_timeout"]))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks.world_size, timeout=limit)
 
 
-def _divide_threads(place: Place) -> None:
+def _divide_threads(ranks: Ranks) -> None:
     threads = torch.get_num_threads()
-    if not place.spawns and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
+    if not ranks.spawns and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
         threads = len(os.sched_getaffinity(0))
-    elif not place.spawns:
-        threads *= place.processes
-    torch.set_num_threads(max(threads // place.processes, 1))
+    elif not ranks.spawns:
+        threads *= ranks.processes
+    torch.set_num_threads(max(threads // ranks.processes, 1))
 
 
 def _lost(error: Exception) -> bool:
@@ -139,25 +139,25 @@ def _lost(error: Exception) -> bool:
 
 def _run_here(job: Job, members: Members, options: Options, args: tuple) -> int:
     """Under torchrun: run the job in this process."""
-    ending = _work(job, members.place, members.place.local_rank, options, args)
+    ending = _work(job, members.ranks, members.ranks.local_rank, options, args)
     if not ending.failed:
         return ending.status
     message = members.settle(ending.cause, [])
-    if ending.cause or members.place.local_rank == 0:
+    if ending.cause or members.ranks.local_rank == 0:
         _tell(ending.details, message)
     os._exit(1)  # a process group that is broken may not come to its end
 
 
 def _run_children(job: Job, members: Members, options: Options, args: tuple) -> int:
     """Start this node's processes and wait until they end."""
-    place = members.place
-    readers, writers = zip(*(mp.get_context("spawn").Pipe(duplex=False) for _ in range(place.processes)), strict=True)
+    ranks = members.ranks
+    readers, writers = zip(*(mp.get_context("spawn").Pipe(duplex=False) for _ in range(ranks.processes)), strict=True)
     # They inherit that these are ignored: a terminal and a batch system send signals to all, and this process passes them on.
     previous = {number: signal(number, SIG_IGN) for number in (SIGINT, SIGUSR1)}
     try:
-        children = mp.spawn(_child, (job, place, options, args, writers), place.processes, join=False).processes
+        children = mp.spawn(_child, (job, ranks, options, args, writers), ranks.processes, join=False).processes
         with Interruption() as interruption:
-            endings = _wait(children, readers, place, options, interruption)
+            endings = _wait(children, readers, ranks, options, interruption)
     finally:
         for number, handler in previous.items():
             signal(number, handler)
@@ -171,10 +171,10 @@ def _run_children(job: Job, members: Members, options: Options, args: tuple) -> 
     return 1
 
 
-def _child(local_rank: int, job: Job, place: Place, options: Options, args: tuple, writers) -> None:
+def _child(local_rank: int, job: Job, ranks: Ranks, options: Options, args: tuple, writers) -> None:
     ctypes.CDLL(None).prctl(1, SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive its parent
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves behind
-    ending = _work(job, place, local_rank, options, args)
+    ending = _work(job, ranks, local_rank, options, args)
     writers[local_rank].send(ending)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -182,7 +182,7 @@ def _child(local_rank: int, job: Job, place: Place, options: Options, args: tupl
     os._exit(ending.status)
 
 
-def _wait(children, readers, place: Place, options: Options, interruption: Interruption) -> list[Ending]:
+def _wait(children, readers, ranks: Ranks, options: Options, interruption: Interruption) -> list[Ending]:
     """How the processes ended, in that order. Where one failed the others have a short time to end, too."""
     endings: dict[int, Ending] = {}
     stopping, limit = False, math.inf
@@ -191,7 +191,7 @@ def _wait(children, readers, place: Place, options: Options, interruption: Inter
         for sentinel in wait(living, timeout=0.2):
             n = living.pop(sentinel)
             children[n].join()
-            endings[n] = _ending(children[n], readers[n], place, n, options, interruption)
+            endings[n] = _ending(children[n], readers[n], ranks, n, options, interruption)
         if interruption.signal and not stopping:
             stopping = True
             for n in living.values():
@@ -202,16 +202,16 @@ def _wait(children, readers, place: Place, options: Options, interruption: Inter
             for n in living.values():
                 children[n].kill()
                 children[n].join()
-                endings[n] = Ending(1, True, suspect=f"rank {place.member * place.processes + n}")
+                endings[n] = Ending(1, True, suspect=f"rank {ranks.node * ranks.processes + n}")
     return list(endings.values())
 
 
-def _ending(child, reader, place: Place, local_rank: int, options: Options, interruption: Interruption) -> Ending:
+def _ending(child, reader, ranks: Ranks, local_rank: int, options: Options, interruption: Interruption) -> Ending:
     if reader.poll():
         return reader.recv()
     if child.exitcode == -SIGTERM and interruption.signal:
         return Ending(interruption.status)  # before the training began
-    rank = place.member * place.processes + local_rank
+    rank = ranks.node * ranks.processes + local_rank
     how = f"was killed by {Signals(-child.exitcode).name}" if child.exitcode < 0 else f"ended with status {child.exitcode}"
     if options["dist_backend"] == "nccl" and child.exitcode == -SIGABRT:
         return Ending(1, True)  # so NCCL ends a process when another one does not answer
