@@ -4,6 +4,8 @@ Shapes: B batch, L pairs in a sequence, C classes, F features, E embedding size,
 Source: arXiv:2205.11276, Fig. 1 and "Memorizing associations" in Methods.
 """
 
+import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -12,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from models import backends
-from models.backends.reference import POPULATIONS, Dynamics
-from models.layers import EmbeddingLayer, InputLayer, ReadingLayer, WritingLayer
-from models.neurons import LIFNeuron
+from models.constants import check_bounds, constant
+from models.dynamics import POPULATIONS, Dynamics
+from models.hebbian_memory import XAVIER_GAIN, ReadingLayer, WritingLayer
+from models.neurons import LIFNeuron, population
 from models.plasticity import HebbianRule
+from models.through_time import through_time
 
 SECONDS_PER_STEP = 1e-3
 SILENT_BELOW = 0.01  # Hz, mean rate of a population: one spike of 100 neurons in a second
@@ -25,10 +29,12 @@ SILENT_BELOW = 0.01  # Hz, mean rate of a population: one spike of 100 neurons i
 class Sizes:
     """Sizes of the network, under the names of the command-line options."""
 
-    num_classes: int = 10  # C
-    feature_size: int = 10  # F
-    embedding_size: int = 80  # E
-    memory_size: int = 100  # M
+    num_classes: int = constant(10, "labels to draw from", low=1)  # C
+    feature_size: int = constant(10, "size of the random vectors", low=1)  # F
+    embedding_size: int = constant(80, "neurons of an encoding population", low=1)  # E
+    memory_size: int = constant(100, "key neurons, and value neurons, of the memory", low=1)  # M
+
+    __post_init__ = check_bounds
 
 
 class Output(NamedTuple):
@@ -36,7 +42,21 @@ class Output(NamedTuple):
 
     logits: Tensor  # B x C
     rates: dict[str, Tensor]  # population -> firing rates in Hz, B x neurons, differentiable
-    activity: dict[str, Tensor] | None  # with record=True: population -> B x time x neurons; "memory" -> B x M x M
+    # With record=True, detached: population -> spikes, B x time x neurons, and "memory" -> B x M x M. The plain model adds
+    # "membranes" -> {population -> B x time x neurons} and "memories" -> B x L x M x M, the memory after each pair.
+    activity: dict[str, Any] | None
+
+
+class EmbeddingLayer(nn.Module):
+    """Embeds a label: a row of a table. `embedding.weight` is C x E."""
+
+    def __init__(self, num_classes: int, embedding_size: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes, embedding_size)
+        nn.init.xavier_uniform_(self.embedding.weight, gain=XAVIER_GAIN)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding(labels)
 
 
 class MemorizingAssociations(nn.Module):
@@ -45,10 +65,12 @@ class MemorizingAssociations(nn.Module):
     def __init__(self, sizes: Sizes, dynamics: Dynamics, backend: str = "auto"):
         super().__init__()
         self.sizes, self.dynamics, self.backend = sizes, dynamics, backend
-        self.input_layer = InputLayer(sizes.feature_size, sizes.embedding_size)
+        self._choice = None  # what was asked for, and the backend chosen
+        self.input_layer = nn.Linear(sizes.feature_size, sizes.embedding_size, bias=False)
+        nn.init.xavier_uniform_(self.input_layer.weight, gain=XAVIER_GAIN)
         self.embedding_layer = EmbeddingLayer(sizes.num_classes, sizes.embedding_size)
-        self.writing_layer = WritingLayer(sizes.embedding_size, sizes.memory_size)
-        self.reading_layer = ReadingLayer(sizes.embedding_size, sizes.memory_size)
+        self.writing_layer = WritingLayer(sizes.embedding_size, sizes.memory_size, dynamics)
+        self.reading_layer = ReadingLayer(sizes.embedding_size, sizes.memory_size, dynamics)
         self.output_layer = nn.Linear(sizes.memory_size, sizes.num_classes, bias=False)
 
     def forward(self, features: Tensor, labels: Tensor, query: Tensor, record: bool = False) -> Output:
@@ -59,18 +81,16 @@ class MemorizingAssociations(nn.Module):
             labels: their labels, B x L, int64 in 0..C-1.
             query: one of the vectors, B x F.
             record: return the spikes of every population and the memory, too.
+
+        Raises:
+            ValueError: the arguments do not belong together or to this network.
+            models.BackendError: the backend asked for by name cannot run this network here.
         """
-        recalled = backends.store_and_recall(
-            *self.encoding_currents(features, labels, query),
-            self.writing_layer.W,
-            self.reading_layer.W,
-            self.dynamics,
-            record=record,
-            backend=self.backend,
-        )
-        return Output(
-            self.output_layer(recalled.readout), self._rates(recalled.spike_counts, features.shape[1]), recalled.activity
-        )
+        self._check(features, labels, query)
+        with torch.autocast(features.device.type, enabled=False):
+            currents = self.encoding_currents(features, labels, query)
+            readout, spike_counts, activity = self._program(features.device.type)(*currents, record=record)
+            return Output(self.output_layer(readout), self._rates(spike_counts, features.shape[1]), activity)
 
     def encoding_currents(self, features: Tensor, labels: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Constant input currents of the encoding population: for vectors and labels B x L x E, for the query B x E."""
@@ -78,42 +98,175 @@ class MemorizingAssociations(nn.Module):
         gain = self.sizes.embedding_size
         return gain * self.input_layer(features), gain * self.embedding_layer(labels), gain * self.input_layer(query)
 
+    def store_and_recall(
+        self, features_current: Tensor, labels_current: Tensor, query_current: Tensor, record: bool = False, loop=through_time
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any] | None]:
+        """The network in time: this is what every backend computes.
+
+        Args:
+            features_current, labels_current, query_current: as `encoding_currents` returns them.
+            loop: what applies a step at every time step, as `through_time` does.
+
+        Returns:
+            The readout (value spikes summed over the last steps of reading, B x M), the spike counts of every population
+            (B x neurons), and what `record` asks for, as in `Output`.
+        """
+        steps, neuron = self.dynamics.num_time_steps, self.dynamics.neuron
+        currents = features_current, labels_current, query_current.unsqueeze(1)
+        features, labels, query = (population(neuron, current, steps, loop) for current in currents)
+
+        memories, write_key, write_value = self.writing_layer(features.spikes, labels.spikes, loop)
+        read_key, read_value = self.reading_layer(query.spikes, memories[-1], loop)
+
+        readout = read_value.spikes[:, -self.dynamics.readout_steps :].sum(1)
+        in_time = dict(zip(POPULATIONS, (features, labels, query, write_key, write_value, read_key, read_value), strict=True))
+        spike_counts = {name: neurons.spikes.sum(1) for name, neurons in in_time.items()}
+        activity = None
+        if record:
+            activity = {name: neurons.spikes.detach() for name, neurons in in_time.items()}
+            activity["membranes"] = {name: neurons.membrane.detach() for name, neurons in in_time.items()}
+            activity["memories"] = torch.stack(memories, dim=1).detach()
+            activity["memory"] = activity["memories"][:, -1]
+        return readout, spike_counts, activity
+
+    def prepare_backend(self, device_type: str) -> tuple[str, dict[str, str]]:
+        """Choose the backend, build it, and have it prove that it computes this network, before a run depends on it.
+
+        Args:
+            device_type: "cpu" or "cuda".
+
+        Returns:
+            Its name, and for each faster one why it does not run.
+
+        Raises:
+            models.BackendError: the backend asked for by name cannot run this network here.
+        """
+        altered = _altered((self.writing_layer, self.reading_layer))
+        request = self.backend, device_type, self.dynamics, altered, backends.equations()
+        if self._choice is None or self._choice[0] != request:
+            self._choice = request, backends.choose(*request[:3], reference, altered)
+        return self._choice[1]
+
+    def _program(self, device_type: str):
+        """What runs `store_and_recall` on a device: a function of the currents."""
+        if torch.compiler.is_compiling():
+            if self._choice is None:
+                raise RuntimeError("call model.prepare_backend(device_type) before torch.compile or torch.export")
+            name, _ = self._choice[1]
+        else:
+            name, _ = self.prepare_backend(device_type)
+        if name == "reference":
+            return self.store_and_recall
+        program = backends.program(name)
+        if name == "compiled":
+            return functools.partial(self.store_and_recall, loop=program)
+        weights = {"write_weight": self.writing_layer.W, "read_weight": self.reading_layer.W}
+        return functools.partial(program, **weights, dynamics=self.dynamics)
+
+    def _check(self, features: Tensor, labels: Tensor, query: Tensor) -> None:
+        """One check of the operands for all backends: kernels read and write by these shapes and types."""
+        dtype, device = self.output_layer.weight.dtype, self.output_layer.weight.device
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the network's weights are {dtype}; it computes in float32 or float64: use model.float()")
+        for name, weight in self.named_parameters():
+            if weight.dtype != dtype or weight.device != device:
+                raise ValueError(f"{name} is {weight.dtype} on {weight.device}, output_layer.weight {dtype} on {device}; "
+                                 "convert the whole network: model.to(...)")  # fmt: skip
+        for name, x, wanted in (("features", features, "B x L x F"), ("labels", labels, "B x L"), ("query", query, "B x F")):
+            if x.dim() != wanted.count("x") + 1:
+                raise ValueError(f"{name} must be of shape {wanted}, not {tuple(x.shape)}")
+            if x.device != device:
+                raise ValueError(f"{name} is on {x.device}, the network on {device}; move it: {name}.to(...)")
+            if name != "labels" and x.dtype != dtype:
+                raise ValueError(f"{name} must be {dtype} as the network's weights are, not {x.dtype}")
+        (batch, pairs, size), F = features.shape, self.sizes.feature_size
+        if size != F or query.shape[1] != F:
+            raise ValueError(f"features and query must have feature_size {F} as last dimension, not {size} and {query.shape[1]}")
+        if pairs == 0:
+            raise ValueError("features must hold at least one pair, not 0")
+        if tuple(labels.shape) != (batch, pairs):
+            raise ValueError(f"labels must be of shape {(batch, pairs)} as features has it, not {tuple(labels.shape)}")
+        if query.shape[0] != batch:
+            raise ValueError(f"query must be of batch size {batch} as features is, not {query.shape[0]}")
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, not {labels.dtype}")
+        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():  # elsewhere this would wait
+            low, high = labels.aminmax()
+            if low < 0 or high >= self.sizes.num_classes:
+                raise ValueError(f"labels must be 0 to {self.sizes.num_classes - 1}, not {int(low)} to {int(high)}")
+        if torch.is_autocast_enabled(device.type) and not torch.compiler.is_compiling():
+            warnings.warn("the network computes in float32 in spite of autocast: spikes need its precision", stacklevel=3)
+
     def _rates(self, spike_counts: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         duration = self.dynamics.num_time_steps * SECONDS_PER_STEP
         while_writing = ("features_encoded", "labels_encoded", "write_key", "write_value")
         return {name: n / (duration * length if name in while_writing else duration) for name, n in spike_counts.items()}
 
 
-def rate_regularization(rates: Mapping[str, Tensor], target_rate: float) -> Tensor:
+def reference(
+    features_current: Tensor,
+    labels_current: Tensor,
+    query_current: Tensor,
+    write_weight: Tensor,
+    read_weight: Tensor,
+    dynamics: Dynamics,
+    record: bool = False,
+    loop=through_time,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Any] | None]:
+    """`MemorizingAssociations.store_and_recall` as a function of the weights, which a kernel backend is compared with."""
+    sizes = Sizes(embedding_size=query_current.shape[-1], memory_size=read_weight.shape[0])
+    network = MemorizingAssociations(sizes, dynamics, "reference")
+    for layer, weight in ((network.writing_layer, write_weight), (network.reading_layer, read_weight)):
+        del layer.W
+        layer.W = weight
+    return network.store_and_recall(features_current, labels_current, query_current, record, loop)
+
+
+def _altered(layers: tuple[nn.Module, ...]) -> str | None:
+    """Why a kernel, which takes only the weights of these layers, would not compute what they do; or None."""
+    for layer, known in zip(layers, (WritingLayer, ReadingLayer), strict=True):
+        if type(layer).forward is not known.forward:
+            return f"it does not know the layer {type(layer).__name__}"
+        if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return f"it does not run the hooks of {known.__name__} (pruning uses them: prune.remove makes it permanent)"
+    return None
+
+
+def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) -> Tensor:
     """Activity regularization R: sum over populations of mean_neurons((mean_batch(rate) - target_rate)^2), in Hz^2.
 
     Args:
-        rates: population -> firing rates in Hz, B x neurons.
+        mean_rates: population -> firing rate of each neuron, mean over the batch, in Hz.
         target_rate: in Hz.
     """
-    return torch.stack([(rates[name].mean(0) - target_rate).square().mean() for name in POPULATIONS]).sum()
+    return torch.stack([(mean - target_rate).square().mean() for mean in mean_rates.values()]).sum()
 
 
 def constants_from(cls, options: Mapping[str, Any], **others):
     """A dataclass of constants from a mapping of options; options it does not name are ignored."""
-    return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options}, **others)
+    return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options and f.name not in others}, **others)
 
 
-def build_model(options: Mapping[str, Any], backend: str = "auto") -> MemorizingAssociations:
+def build_model(
+    options: Mapping[str, Any],
+    backend: str = "auto",
+    neuron: LIFNeuron | None = None,
+    rule: HebbianRule | None = None,
+) -> MemorizingAssociations:
     """The network of a mapping of options under their published names (others are ignored, missing ones take their default).
 
     Args:
-        backend: one of `models.backends.BACKENDS`.
+        backend: one of `models.BACKENDS`.
+        neuron, rule: in place of the published ones, objects with the same methods.
 
     Raises:
-        ValueError: unknown backend.
-        models.backends.BackendError: a backend asked for by name cannot run here.
+        ValueError: unknown backend, or a constant out of bounds.
     """
-    backends.check_backend(backend)
+    backends.check_name(backend)
     dynamics = constants_from(
         Dynamics,
         options,
-        neuron=constants_from(LIFNeuron, options),
-        rule=constants_from(HebbianRule, options),
+        neuron=neuron or constants_from(LIFNeuron, options),
+        rule=rule or constants_from(HebbianRule, options),
     )
     return MemorizingAssociations(constants_from(Sizes, options), dynamics, backend)

@@ -1,6 +1,6 @@
-"""The leaky integrate-and-fire (LIF) neuron: its constants, one time step, its surrogate gradient.
+"""The leaky integrate-and-fire (LIF) neuron: its constants, one time step, its surrogate gradient, and a population in time.
 
-One time step is 1 ms. Source: arXiv:2205.11276, "Neuron model" in Methods.
+One time step is 1 ms. Shapes: B batch, N neurons. Source: arXiv:2205.11276, "Neuron model" in Methods.
 """
 
 import math
@@ -10,21 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LIFNeuron:
-    """Constants of every LIF neuron of the network, under the names of the command-line options."""
-
-    thr: float = 0.1  # firing threshold theta
-    perfect_reset: bool = False  # hard reset to 0 in place of subtracting the threshold
-    refractory_time_steps: int = 3  # steps after a spike in which a neuron cannot fire
-    tau_mem: float = 20.0  # membrane time constant, ms
-    dampening_factor: float = 1.0  # height of the surrogate derivative
-
-    @property
-    def alpha(self) -> float:
-        """Decay of the membrane potential in one step, exp(-1 ms / tau_mem)."""
-        return math.exp(-1.0 / self.tau_mem)
+from models.constants import check_bounds, constant
+from models.through_time import through_time
 
 
 class LIFState(NamedTuple):
@@ -34,10 +21,55 @@ class LIFState(NamedTuple):
     membrane: Tensor  # v
     refractory: Tensor  # r, steps left in which the neuron cannot fire
 
-    @classmethod
-    def at_rest(cls, like: Tensor) -> "LIFState":
+
+@dataclass(frozen=True)
+class LIFNeuron:
+    """A LIF neuron: its constants under the names of the command-line options, and its equations.
+
+    Another neuron is a frozen dataclass with the same two methods, whose state has `spikes` and `membrane`
+    (examples/another_neuron.py).
+    """
+
+    thr: float = constant(0.1, "firing threshold", above=0)  # theta
+    perfect_reset: bool = constant(False, "reset the membrane to 0 instead of subtracting the threshold")
+    refractory_time_steps: int = constant(3, "refractory time steps (ms) after a spike", low=0, high=10**6)
+    tau_mem: float = constant(20.0, "time constant of the membrane, ms", above=0)
+    dampening_factor: float = constant(1.0, "height of the surrogate derivative", low=0)
+
+    __post_init__ = check_bounds
+
+    @property
+    def alpha(self) -> float:
+        """Decay of the membrane potential in one step, exp(-1 ms / tau_mem)."""
+        return math.exp(-1.0 / self.tau_mem)
+
+    def initial_state(self, like: Tensor) -> LIFState:
+        """The state at rest of a population whose input current is shaped like this."""
         zeros = torch.zeros_like(like)
-        return cls(zeros, zeros, zeros)
+        return LIFState(zeros, zeros, zeros)
+
+    def step(self, current: Tensor, state: LIFState) -> LIFState:
+        """One time step.
+
+            v' = alpha v + (1 - alpha) I - theta z        (perfect_reset: v' = alpha v (1 - z) + (1 - alpha) I)
+            z' = 1  if (v' - theta) / theta > 0 and r = 0, else 0
+            r' = r - 1  if r > 0, else refractory_time_steps * z'
+
+        The membrane integrates its input while the neuron is refractory, too. The gradient flows through v and through z, also
+        where z resets the membrane; none flows through r.
+
+        Args:
+            current: I, any shape.
+            state: (z, v, r), each of the shape of `current`.
+        """
+        z, v, r = state
+        if self.perfect_reset:
+            v = self.alpha * v * (1 - z) + (1 - self.alpha) * current
+        else:
+            v = self.alpha * v + (1 - self.alpha) * current - self.thr * z
+        z = Spike.apply((v - self.thr) / self.thr, r == 0, self.dampening_factor)
+        r = torch.where(r > 0, r - 1, self.refractory_time_steps * z.detach())
+        return LIFState(z, v, r)
 
 
 class Spike(torch.autograd.Function):
@@ -59,26 +91,24 @@ class Spike(torch.autograd.Function):
         return grad_spikes * surrogate * may_fire, None, None
 
 
-def lif_step(current: Tensor, state: LIFState, constants: LIFNeuron) -> LIFState:
-    """One time step of a LIF population.
+class Activity(NamedTuple):
+    """A population in time, both B x time x N."""
 
-        v' = alpha v + (1 - alpha) I - theta z        (perfect_reset: v' = alpha v (1 - z) + (1 - alpha) I)
-        z' = 1  if (v' - theta) / theta > 0 and r = 0, else 0
-        r' = r - 1  if r > 0, else refractory_time_steps * z'
+    spikes: Tensor
+    membrane: Tensor
 
-    The membrane goes on integrating while the neuron is refractory. The gradient flows through v and through z, also where z
-    resets the membrane; none flows through r.
+
+def population(neuron: LIFNeuron, current: Tensor, hold: int = 1, loop=through_time) -> Activity:
+    """A feed-forward population of neurons through time, from rest.
 
     Args:
-        current: I, any shape.
-        state: (z, v, r), each of the shape of `current`.
+        current: input currents, B x inputs x N; each is held for `hold` time steps.
+        loop: what applies a step at every time step, as `through_time` does.
     """
-    alpha, theta = constants.alpha, constants.thr
-    z, v, r = state
-    if constants.perfect_reset:
-        v = alpha * v * (1 - z) + (1 - alpha) * current
-    else:
-        v = alpha * v + (1 - alpha) * current - theta * z
-    z = Spike.apply((v - theta) / theta, r == 0, constants.dampening_factor)
-    r = torch.where(r > 0, r - 1, constants.refractory_time_steps * z.detach())
-    return LIFState(z, v, r)
+
+    def step(state, now):
+        state = neuron.step(now, state)
+        return state, (state.spikes, state.membrane)
+
+    _, outputs = loop(step, neuron.initial_state(current[:, 0]), current.repeat_interleave(hold, dim=1) if hold > 1 else current)
+    return Activity(*outputs)

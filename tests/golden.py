@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import models
-from models.backends import POPULATIONS
+from models import POPULATIONS
 
 FOLDER = Path(__file__).parent / "golden"
 FLOAT64 = ("small_defaults", "one_pair", "other_constants", "perfect_reset", "readout_delay_5", "full_size_float64")
@@ -44,7 +44,8 @@ def run(golden: Golden, backend: str, device: str = "cpu"):
     inputs = {name: value.to(device) for name, value in golden.inputs.items()}
     output = model(inputs["features"], inputs["labels"], inputs["query"], record=True)
     loss = cross_entropy(output.logits, inputs["answer"])
-    regularization = models.rate_regularization(output.rates, golden.params["target_rate"])
+    mean_rates = {name: rate.mean(0) for name, rate in output.rates.items()}
+    regularization = models.rate_regularization(mean_rates, golden.params["target_rate"])
     names, weights = zip(*model.named_parameters(), strict=True)
 
     def gradients(objective):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.backends.reference import POPULATIONS, Dynamics, Recalled
+from models.dynamics import POPULATIONS, Dynamics
 
 SOURCE = Path(__file__).with_name("store_and_recall.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-fno-tree-loop-distribute-patterns")
@@ -219,8 +219,8 @@ def store_and_recall(
     read_weight: Tensor,
     dynamics: Dynamics,
     record: bool = False,
-) -> Recalled:
-    """As `reference.store_and_recall`."""
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
+    """As `MemorizingAssociations.store_and_recall`, as a function of the weights."""
     (batch, pairs, embedding), size = features_current.shape, read_weight.shape[0]
     readout, counts, spikes, memory, _ = _forward(
         features_current, labels_current, query_current, write_weight, read_weight, _constants(dynamics), record
@@ -236,4 +236,4 @@ def store_and_recall(
             for name, train, t, n in zip(POPULATIONS, trains, lengths, widths, strict=True)
         }
         activity["memory"] = memory.detach()
-    return Recalled(readout, dict(zip(POPULATIONS, counts.split(widths, dim=1), strict=True)), activity)
+    return readout, dict(zip(POPULATIONS, counts.split(widths, dim=1), strict=True)), activity

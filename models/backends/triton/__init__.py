@@ -1,6 +1,6 @@
 """The time loops as fused GPU kernels in Triton, with cuBLAS products between them.
 
-The three operations have the signatures of `reference`, which defines the meaning. Shapes as there: B batch, L pairs in a
+The three operations take the arguments of the plain ones, which define the meaning. Shapes as there: B batch, L pairs in a
 sequence, T time steps an input is held, E embedding size, M memory size.
 
 How time and GPU memory are spent:
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.backends.reference import POPULATIONS, Dynamics, Recalled
+from models.dynamics import POPULATIONS, Dynamics
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
 
@@ -60,12 +60,12 @@ def unavailable(device_type: str) -> str | None:
 
 
 def lif(current: Tensor, steps: int, constants: LIFNeuron) -> Tensor:
-    """`reference.lif`."""
+    """`models.neurons.population`, its spikes."""
     return _lif(current, steps, astuple(constants))
 
 
 def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.hebbian_write`."""
+    """`models.hebbian_memory.hebbian_write`: the last memory, key spikes, value spikes."""
     key_spikes = lif(key_current, 1, dynamics.neuron)  # keys do not depend on the memory
     save = torch.is_grad_enabled()
     constants = astuple(dynamics.neuron), astuple(dynamics.rule)
@@ -74,7 +74,7 @@ def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics
 
 
 def hebbian_read(query_current: Tensor, memory: Tensor, feedback_weight: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
-    """`reference.hebbian_read`."""
+    """`models.hebbian_memory.hebbian_read`: key spikes, value spikes."""
     return _read(query_current, memory, feedback_weight, dynamics.readout_delay, astuple(dynamics.neuron))[:2]
 
 
@@ -86,8 +86,8 @@ def store_and_recall(
     read_weight: Tensor,
     dynamics: Dynamics,
     record: bool = False,
-) -> Recalled:
-    """`reference.store_and_recall`."""
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
+    """As `MemorizingAssociations.store_and_recall`, as a function of the weights."""
     num_steps, constants = dynamics.num_time_steps, dynamics.neuron
     embedding_size = query_current.shape[-1]
     encoded = lif(torch.cat([features_current, labels_current], dim=-1), num_steps, constants)
@@ -99,10 +99,10 @@ def store_and_recall(
     read_key, read_value = hebbian_read(linear(query, from_query), memory, from_values, dynamics)
 
     spikes = dict(zip(POPULATIONS, (*encoded.chunk(2, -1), query, write_key, write_value, read_key, read_value), strict=True))
-    return Recalled(
-        readout=read_value[:, -dynamics.readout_steps :].sum(1),
-        spike_counts={name: z.sum(1) for name, z in spikes.items()},
-        activity={name: z.detach() for name, z in (spikes | {"memory": memory}).items()} if record else None,
+    return (
+        read_value[:, -dynamics.readout_steps :].sum(1),
+        {name: z.sum(1) for name, z in spikes.items()},
+        {name: z.detach() for name, z in (spikes | {"memory": memory}).items()} if record else None,
     )
 
 

@@ -1,0 +1,32 @@
+"""All constants of the network in time: what a kernel backend has to know besides weights and input currents."""
+
+from dataclasses import dataclass, field
+
+from models.constants import check_bounds, constant
+from models.neurons import LIFNeuron
+from models.plasticity import HebbianRule
+
+# The recorded populations, under the names of rates and activity: while storing, the first two and the writing ones.
+POPULATIONS = (
+    "features_encoded",
+    "labels_encoded",
+    "query_encoded",
+    "write_key",
+    "write_value",
+    "read_key",
+    "read_value",
+)
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Constants under the names of the command-line options; the neuron and the rule with their own."""
+
+    num_time_steps: int = constant(100, "time steps (ms) for which each input is held", low=1)  # T
+    readout_delay: int = constant(1, "delay of the feedback from values to keys while reading, ms", low=1, high=10**6)
+    memory_feedback: float = constant(0.2, "strength of the memory's current to the value neurons while writing")
+    readout_steps: int = constant(30, "last time steps of reading whose value spikes are summed for the output", low=1)
+    neuron: LIFNeuron = field(default_factory=LIFNeuron)
+    rule: HebbianRule = field(default_factory=HebbianRule)
+
+    __post_init__ = check_bounds

@@ -1,0 +1,101 @@
+"""The time loop of the network, and its recomputation in the backward pass. It knows nothing of neurons."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+# step(state, *inputs at one time step) -> state, outputs at that time step. A state is a (nested) tuple of tensors.
+Step = Callable[..., tuple[Any, tuple[Tensor, ...]]]
+
+
+def through_time(step: Step, state: Any, *inputs: Tensor, recompute_every: int | None = None) -> tuple[Any, tuple[Tensor, ...]]:
+    """Apply `step` at every time step.
+
+    Args:
+        state: before the first time step.
+        inputs: each B x time x ...; a step is given their slices B x ...
+        recompute_every: while gradients are recorded, keep the state every so many steps only and recompute the steps between in
+            the backward pass. None: automatic differentiation keeps every step.
+
+    Returns:
+        The state after the last time step, and the outputs, each B x time x ...
+    """
+    run = functools.partial(_run, step)
+    leaves, structure = tree_flatten(state)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *leaves))
+    if recompute_every is None or not differentiated or _learns(step, state, inputs):
+        return run(state, *inputs)
+    results = _Recomputed.apply(run, recompute_every, structure, len(inputs), *inputs, *leaves)
+    return tree_unflatten(list(results[: len(leaves)]), structure), results[len(leaves) :]
+
+
+def _run(step: Step, state: Any, *inputs: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+    outputs = []
+    for now in zip(*(x.unbind(1) for x in inputs), strict=True):
+        state, output = step(state, *now)
+        outputs.append(output)
+    return state, tuple(torch.stack(series, dim=1) for series in zip(*outputs, strict=True))
+
+
+def _learns(step: Step, state: Any, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the step itself holds tensors that want a gradient: recomputation would not give them one."""
+    leaves, structure = tree_flatten(state)
+    with torch.enable_grad():
+        results = step(tree_unflatten([x.detach() for x in leaves], structure), *(x[:, 0].detach() for x in inputs))
+    return any(x.requires_grad for x in tree_flatten(results)[0])
+
+
+class _Recomputed(torch.autograd.Function):
+    """A run through time that keeps the state every so many steps.
+
+    `torch.utils.checkpoint` does the same, but the many small nodes that it leaves between large tensors fragment the heap, until
+    the process is as large as if every step were kept.
+    """
+
+    @staticmethod
+    def forward(ctx, run, every, structure, number_of_inputs, *tensors):
+        inputs, state = tensors[:number_of_inputs], tree_unflatten(list(tensors[number_of_inputs:]), structure)
+        starts, outputs = [], []
+        for segment in zip(*(x.split(every, 1) for x in inputs), strict=True):
+            starts.append(tree_flatten(state)[0])
+            state, output = run(state, *segment)
+            outputs.append(output)
+        ctx.run, ctx.every, ctx.structure, ctx.starts = run, every, structure, starts
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return *tree_flatten(state)[0], *(torch.cat(series, dim=1) for series in zip(*outputs, strict=True))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        tensors, number = ctx.saved_tensors, len(ctx.starts[0])
+        inputs, grad_state, grad_outputs = tensors[:-number], gradients[:number], gradients[number:]
+        if torch.is_grad_enabled():  # a second derivative: automatic differentiation of all of it
+            return None, None, None, None, *_gradients(ctx.run, ctx.structure, tensors, number, gradients, create_graph=True)
+        grad_segments = []
+        for n, segment in reversed(list(enumerate(zip(*(x.split(ctx.every, 1) for x in inputs), strict=True)))):
+            now = slice(n * ctx.every, (n + 1) * ctx.every)
+            given = (*grad_state, *(None if gradient is None else gradient[:, now] for gradient in grad_outputs))
+            copies = [x.detach().requires_grad_(x.is_floating_point()) for x in (*segment, *ctx.starts[n])]
+            found = _gradients(ctx.run, ctx.structure, copies, number, given)
+            grad_segments.append([torch.zeros_like(x) if g is None else g for x, g in zip(segment, found, strict=False)])
+            grad_state = found[len(inputs) :]
+        grad_inputs = (torch.cat(series[::-1], dim=1) for series in zip(*grad_segments, strict=True))
+        return None, None, None, None, *grad_inputs, *grad_state
+
+
+def _gradients(run, structure, tensors, number, given, create_graph=False) -> list[Tensor | None]:
+    """Of a run from the inputs and the state (the last `number`) in `tensors`: their gradients, from those of its results."""
+    with torch.enable_grad():
+        state, outputs = run(tree_unflatten(list(tensors[-number:]), structure), *tensors[:-number])
+    results = [(x, g) for x, g in zip((*tree_flatten(state)[0], *outputs), given, strict=True) if g is not None]
+    wanted = [x for x in tensors if x.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [x for x, _ in results], wanted, [g for _, g in results], allow_unused=True, create_graph=create_graph
+        )
+    )
+    return [next(found) if x.requires_grad else None for x in tensors]
