@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import models
 from data.loader import ahead
-from models.backends import POPULATIONS, BackendError, resolve_backend
+from models import POPULATIONS, BackendError
 from utils import checkpoints, distributed, launch, memory, rendezvous
 from utils.distributed import print_rank0
 from utils.errors import UserError, outlive_output, warn_in_one_line
@@ -95,8 +95,10 @@ def data_and_training(options: Options):
 def prepare(options: Options, checkpoint: dict | None) -> tuple[models.MemorizingAssociations, torch.device]:
     """The network, with initial weights or the checkpoint's, on its device."""
     device = choose_device(options)
-    backend, why_not = resolve_backend(options["backend"], device.type)
-    faster = "" if backend == "reference" else "".join(f" ({name}: {reason})" for name, reason in why_not.items())
+    with torch.device("meta"):
+        sketch = models.build_model(options.values, options["backend"])
+    backend, why_not = sketch.prepare_backend(device.type)
+    faster = "".join(f" ({name}: {reason})" for name, reason in why_not.items())
     print_rank0(f"backend {backend} on {device}{faster}")
     if options["seed"] is None:
         options.values["seed"] = distributed.broadcast_object(random.SystemRandom().randrange(2**31))

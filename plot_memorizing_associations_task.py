@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 
 import data
 import models
-from models.backends import POPULATIONS, BackendError, resolve_backend
-from models.replay import replay
+from models import POPULATIONS, BackendError
 from utils import checkpoints, figures
 from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
@@ -170,8 +169,7 @@ def choose_zoom(options: Options, parser: Parser) -> figures.Zoom:
 @torch.no_grad()
 def record(options: Options, state_dict: Mapping[str, torch.Tensor]) -> tuple[figures.Trial, dict[str, np.ndarray]]:
     """One sample of the published test set and what the network did with it; firing rates of each population, Hz."""
-    backend, _ = resolve_backend(options["backend"], "cpu")
-    model = models.build_model(options.values, backend)
+    model = models.build_model(options.values, "reference")  # the plain model alone records membranes
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as failure:
@@ -183,12 +181,12 @@ def record(options: Options, state_dict: Mapping[str, torch.Tensor]) -> tuple[fi
     sample = data.evaluation_set("test", *sizes)[example : example + 1]
     inputs = (sample.features, sample.labels, sample.query)
     output = model(*inputs, record=True)
-    replayed = replay(model, *inputs, output.activity)
+    recorded = output.activity
 
     def activity(name: str | None) -> figures.Activity | None:
         if name is None:
             return None
-        return figures.Activity(name, output.activity[name][0].bool().numpy(), replayed.membranes[name][0].numpy())
+        return figures.Activity(name, recorded[name][0].bool().numpy(), recorded["membranes"][name][0].numpy())
 
     trial = figures.Trial(
         features=sample.features[0].numpy(),
@@ -196,7 +194,7 @@ def record(options: Options, state_dict: Mapping[str, torch.Tensor]) -> tuple[fi
         query=sample.query[0].numpy(),
         answer=int(sample.answer[0]),
         logits=output.logits[0].numpy(),
-        memories=replayed.memories[0].numpy(),
+        memories=recorded["memories"][0].numpy(),
         populations=[figures.Population(title, activity(store), activity(recall)) for title, store, recall in ROWS],
         threshold=model.dynamics.neuron.thr,
         num_time_steps=model.dynamics.num_time_steps,

@@ -24,7 +24,6 @@ import torch.distributed as dist
 import data
 import memorizing_associations_task as task
 import models
-from models.backends import resolve_backend
 from utils import distributed
 from utils.options import TASK_GROUPS, Parser
 
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="in a round")
     args = parser.parse_args()
-    print(f"backend {resolve_backend('auto', 'cpu')[0]}, batch {args.batch_size}, {args.threads} threads in all")
+    print(f"batch {args.batch_size}, {args.threads} threads in all")
 
     groups = [Group(size, args.threads // size, args.batch_size) for size in args.processes]
     for group in groups:

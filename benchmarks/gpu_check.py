@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 import data
 import memorizing_associations_task as task
 import models
-from models.backends import POPULATIONS
+from models import POPULATIONS
 from models.backends.triton import SEGMENT
 from utils.options import TASK_GROUPS, Options, Parser
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 import models
-from models.backends import POPULATIONS
+from models import POPULATIONS
 from utils import checkpoints
 from utils.errors import UserError
 
@@ -52,7 +52,8 @@ def samples(model, first: int, batch: int, length: int) -> data.Samples:
 def step(model, batch: data.Samples) -> list[torch.Tensor]:
     """Forward and backward pass of the training objective; the gradients."""
     output = model(batch.features, batch.labels, batch.query)
-    loss = cross_entropy(output.logits, batch.answer) + 1e-5 * models.rate_regularization(output.rates, 0.0)
+    mean_rates = {name: rate.mean(0) for name, rate in output.rates.items()}
+    loss = cross_entropy(output.logits, batch.answer) + 1e-5 * models.rate_regularization(mean_rates, 0.0)
     return torch.autograd.grad(loss, list(model.parameters()))
 
 

@@ -181,7 +181,7 @@ class MemorizingAssociations(nn.Module):
                 raise ValueError(f"{name} must be {dtype} as the network's weights are, not {x.dtype}")
         (batch, pairs, size), F = features.shape, self.sizes.feature_size
         if size != F or query.shape[1] != F:
-            raise ValueError(f"features and query must have feature_size {F} as last dimension, not {size} and {query.shape[1]}")
+            raise ValueError(f"features and query must end in feature_size {F}, not {size} and {query.shape[1]}")
         if pairs == 0:
             raise ValueError("features must hold at least one pair, not 0")
         if tuple(labels.shape) != (batch, pairs):
@@ -238,7 +238,13 @@ def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) ->
     Args:
         mean_rates: population -> firing rate of each neuron, mean over the batch, in Hz.
         target_rate: in Hz.
+
+    Raises:
+        ValueError: these are the rates of several samples.
     """
+    for name, mean in mean_rates.items():
+        if mean.numel() != mean.shape[-1]:
+            raise ValueError(f"mean_rates: {name} must hold one mean rate a neuron, not {tuple(mean.shape)}")
     return torch.stack([(mean - target_rate).square().mean() for mean in mean_rates.values()]).sum()
 
 

@@ -110,5 +110,6 @@ def population(neuron: LIFNeuron, current: Tensor, hold: int = 1, loop=through_t
         state = neuron.step(now, state)
         return state, (state.spikes, state.membrane)
 
-    _, outputs = loop(step, neuron.initial_state(current[:, 0]), current.repeat_interleave(hold, dim=1) if hold > 1 else current)
+    held = current.repeat_interleave(hold, dim=1) if hold > 1 else current
+    _, outputs = loop(step, neuron.initial_state(current[:, 0]), held)
     return Activity(*outputs)

@@ -18,8 +18,8 @@ def through_time(step: Step, state: Any, *inputs: Tensor, recompute_every: int |
     Args:
         state: before the first time step.
         inputs: each B x time x ...; a step is given their slices B x ...
-        recompute_every: while gradients are recorded, keep the state every so many steps only and recompute the steps between in
-            the backward pass. None: automatic differentiation keeps every step.
+        recompute_every: while gradients are recorded, keep the state every so many steps only and recompute the steps
+            between in the backward pass. None: automatic differentiation keeps every step.
 
     Returns:
         The state after the last time step, and the outputs, each B x time x ...
@@ -52,8 +52,8 @@ def _learns(step: Step, state: Any, inputs: tuple[Tensor, ...]) -> bool:
 class _Recomputed(torch.autograd.Function):
     """A run through time that keeps the state every so many steps.
 
-    `torch.utils.checkpoint` does the same, but the many small nodes that it leaves between large tensors fragment the heap, until
-    the process is as large as if every step were kept.
+    `torch.utils.checkpoint` does the same, but the many small nodes that it leaves between large tensors fragment the heap,
+    until the process is as large as if every step were kept.
     """
 
     @staticmethod

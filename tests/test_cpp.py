@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import data
 import models
-from models.backends import POPULATIONS, cpp
+from models import POPULATIONS
+from models.backends import cpp
 
 sizes = st.fixed_dictionaries(
     {
@@ -101,8 +102,8 @@ def test_results_do_not_depend_on_the_number_of_threads(batch):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            recalled = cpp.store_and_recall(*inputs, model.dynamics)
-            outputs = [recalled.readout, *recalled.spike_counts.values()]
+            readout, spike_counts, _ = cpp.store_and_recall(*inputs, model.dynamics)
+            outputs = [readout, *spike_counts.values()]
             gradients = torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])
             results.append((*outputs, *gradients))
     finally:

@@ -19,8 +19,7 @@ from matplotlib.text import Text
 
 import models
 import plot_memorizing_associations_task as plot
-from models.backends import POPULATIONS
-from models.replay import replay
+from models import POPULATIONS
 from utils import figures
 from utils.options import CURRICULUM, MODEL, TRAINING
 
@@ -152,23 +151,6 @@ def test_zoom_shows_the_neurons_and_times_asked_for(trial):
     assert np.array_equal(drawn(figures.memory(trial, zoom))["memory"].get_array(), trial.memories[-1, 5:9, 5:9])
     recall_only = drawn(figures.overview(trial, figures.Zoom(time_range=(125, 160))))
     assert "read_key spikes" in recall_only and "write_key spikes" not in recall_only
-
-
-@pytest.mark.parametrize("name", golden.FLOAT64[:-1])
-def test_replayed_membranes_cross_threshold_exactly_where_spikes_were_recorded(name):
-    """The golden spikes of the published program, replayed, give membranes that fire them, and the golden memory."""
-    expected = golden.load(name)
-    model = models.build_model(expected.params, "reference").double()
-    model.load_state_dict({k: v for k, v in expected.state.items() if k != "encoding_layer.encoding"})
-    activity = {population: expected.out[population].double() for population in (*POPULATIONS, "memory")}
-    membranes, memories = replay(model, *(expected.inputs[k] for k in ("features", "labels", "query")), activity)
-    assert torch.allclose(memories[:, -1], activity["memory"], rtol=1e-9, atol=1e-12)
-    for population, membrane in membranes.items():
-        refractory = torch.zeros_like(membrane[:, 0])
-        for v, spikes in zip(membrane.unbind(1), activity[population].unbind(1), strict=True):
-            fires = (v > expected.params["thr"]) & (refractory == 0)
-            assert torch.equal(fires.double(), spikes), population
-            refractory = torch.where(refractory > 0, refractory - 1, expected.params["refractory_time_steps"] * spikes)
 
 
 # --- How it is drawn ----------------------------------------------------------------------------------------------------------

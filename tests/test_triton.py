@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import astuple
 from pathlib import Path
+from typing import NamedTuple
 
 import golden
 import numpy as np
@@ -21,9 +22,11 @@ pytest.importorskip("triton", reason="Triton is not installed; it is optional, f
 import triton
 from triton.backends.compiler import GPUTarget
 
-from models.backends import BackendError, Dynamics, reference, resolve_backend
+from models import POPULATIONS, BackendError, Dynamics, backends
 from models.backends import triton as fused
-from models.neurons import LIFNeuron
+from models.hebbian_memory import hebbian_read, hebbian_write
+from models.memorizing_associations import reference
+from models.neurons import LIFNeuron, population
 from models.plasticity import HebbianRule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,9 +81,15 @@ def inputs(batch, length, embedding, memory):
     return [x.to(DEVICE).requires_grad_() for x in (*currents, *weights)]
 
 
+class Recalled(NamedTuple):
+    readout: torch.Tensor
+    spike_counts: dict
+    activity: dict
+
+
 def outcome(backend, tensors, dynamics):
     """What store_and_recall returns, and the gradients of a weighted sum of it."""
-    recalled = backend.store_and_recall(*tensors, dynamics, record=True)
+    recalled = Recalled(*backend(*tensors, dynamics, record=True))
     differentiable = [recalled.readout, *recalled.spike_counts.values()]
     weights = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x) for x in differentiable]
     objective = sum((x * w).sum() for x, w in zip(differentiable, weights, strict=True))
@@ -120,14 +129,13 @@ CASES = {
 def test_agrees_with_the_reference(name, small_tiles, poison):
     dynamics = CASES[name]
     tensors = inputs(batch=2 if name == "odd sizes" else 1, length=2, embedding=10, memory=9)
-    recalled, gradients = outcome(fused, tensors, dynamics)
+    recalled, gradients = outcome(fused.store_and_recall, tensors, dynamics)
     expected, expected_gradients = outcome(reference, tensors, dynamics)
-    for population, spikes in expected.activity.items():
-        assert spikes.any(), f"{population} is silent: nothing is tested"
-        assert_close(recalled.activity[population], spikes)
-        if population != "memory":
-            assert torch.equal(recalled.activity[population], spikes)
-            assert torch.equal(recalled.spike_counts[population], expected.spike_counts[population])
+    assert_close(recalled.activity["memory"], expected.activity["memory"])
+    for name in POPULATIONS:
+        assert expected.activity[name].any(), f"{name} is silent: nothing is tested"
+        assert torch.equal(recalled.activity[name], expected.activity[name])
+        assert torch.equal(recalled.spike_counts[name], expected.spike_counts[name])
     assert torch.equal(recalled.readout, expected.readout)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert theirs.any()
@@ -142,7 +150,7 @@ def test_a_single_neuron(poison):
     with torch.no_grad():
         for weight in tensors[3:]:
             weight.fill_(0.7)
-    recalled, gradients = outcome(fused, tensors, dynamics)
+    recalled, gradients = outcome(fused.store_and_recall, tensors, dynamics)
     expected, expected_gradients = outcome(reference, tensors, dynamics)
     assert expected.readout.any()
     assert torch.equal(recalled.readout, expected.readout)
@@ -154,7 +162,7 @@ def test_a_single_neuron(poison):
 def test_an_empty_batch():
     """What a process gets of a global batch smaller than the number of processes."""
     tensors = inputs(batch=0, length=1, embedding=2, memory=2)
-    recalled, gradients = outcome(fused, tensors, quick(num_time_steps=2))
+    recalled, gradients = outcome(fused.store_and_recall, tensors, quick(num_time_steps=2))
     assert recalled.readout.shape == (0, 2)
     assert not any(gradient.any() for gradient in gradients)
 
@@ -163,11 +171,11 @@ def test_an_empty_batch():
 def test_without_gradients_the_same_and_nothing_kept(small_tiles, poison):
     dynamics = Dynamics(num_time_steps=5)
     tensors = inputs(batch=1, length=1, embedding=4, memory=3)
-    kept = fused.store_and_recall(*tensors, dynamics, record=True)
+    _, _, kept = fused.store_and_recall(*tensors, dynamics, record=True)
     with torch.no_grad():
-        evaluated = fused.store_and_recall(*tensors, dynamics, record=True)
-    for population, spikes in kept.activity.items():
-        assert torch.equal(evaluated.activity[population], spikes)
+        _, _, evaluated = fused.store_and_recall(*tensors, dynamics, record=True)
+    for name, spikes in kept.items():
+        assert torch.equal(evaluated[name], spikes)
     *_, traces, membranes, checkpoints = fused._write(*fused_write_arguments(save=False))
     assert traces.numel() == membranes.numel() == checkpoints.numel() == 0
 
@@ -176,7 +184,11 @@ def test_without_gradients_the_same_and_nothing_kept(small_tiles, poison):
 def test_two_runs_give_identical_bits(small_tiles):
     dynamics = quick(num_time_steps=3)
     tensors = inputs(batch=2, length=1, embedding=4, memory=9)
-    for first, second in zip(outcome(fused, tensors, dynamics)[1], outcome(fused, tensors, dynamics)[1], strict=True):
+    for first, second in zip(
+        outcome(fused.store_and_recall, tensors, dynamics)[1],
+        outcome(fused.store_and_recall, tensors, dynamics)[1],
+        strict=True,
+    ):
         assert torch.equal(first, second)
 
 
@@ -215,15 +227,28 @@ def test_gradients_of_some_outputs_only(used):
     """Unused outputs have gradients of None."""
     dynamics = quick(num_time_steps=3)
 
-    def gradients(backend):
-        memory, _, values = backend.hebbian_write(*currents, dynamics)
-        read = backend.hebbian_read(currents[0], memory, weight, dynamics)
-        return torch.autograd.grad([values, *read][used].sum(), [*currents, weight], allow_unused=True)
+    def gradients(write, read):
+        memory, values = write(*currents, dynamics)
+        return torch.autograd.grad(
+            [values, *read(currents[0], memory, weight, dynamics)][used].sum(), [*currents, weight], allow_unused=True
+        )
+
+    def plain_write(*args):
+        memories, _, values = hebbian_write(*args)
+        return memories[-1], values.spikes
+
+    def plain_read(*args):
+        return [neurons.spikes for neurons in hebbian_read(*args)]
+
+    def fused_write(*args):
+        memory, _, values = fused.hebbian_write(*args)
+        return memory, values
 
     torch.manual_seed(0)
     currents = [torch.rand(1, 6, 3, device=DEVICE, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     weight = torch.rand(3, 3, device=DEVICE, dtype=torch.float64, requires_grad=True)
-    for ours, theirs in zip(gradients(fused), gradients(reference), strict=True):
+    plain = gradients(plain_write, plain_read)
+    for ours, theirs in zip(gradients(fused_write, fused.hebbian_read), plain, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert_close(ours, theirs)
@@ -238,14 +263,14 @@ def test_strided_inputs():
     )
     strided = (4 * current).transpose(0, 2).requires_grad_()
     ours = fused.lif(strided, 3, LIFNeuron())
-    theirs = reference.lif(strided, 3, LIFNeuron())
+    theirs = population(LIFNeuron(), strided, 3).spikes
     assert torch.equal(ours, theirs)
     (expected,) = torch.autograd.grad(theirs.sum(), strided)
     assert_close(torch.autograd.grad(ours.sum(), strided)[0], expected)
     query, memory = linear(4 * current, weight), torch.rand(4, 4, 2, device=DEVICE, dtype=torch.float64).transpose(0, 2)
     for ours, theirs in zip(
         fused.hebbian_read(query, memory, weight.t(), Dynamics()),
-        reference.hebbian_read(query, memory, weight.t(), Dynamics()),
+        [neurons.spikes for neurons in hebbian_read(query, memory, weight.t(), Dynamics())],
         strict=True,
     ):
         assert torch.equal(ours, theirs)
@@ -254,11 +279,10 @@ def test_strided_inputs():
 @compiles
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_auto_takes_another_backend_and_says_why(monkeypatch):
-    resolve_backend.cache_clear()
-    chosen, why_not = resolve_backend("auto", "cpu")
+    chosen, why_not = backends.choose("auto", "cpu", Dynamics(), reference)
     assert chosen != "triton" and "NVIDIA" in why_not["triton"]
     with pytest.raises(BackendError, match="no CUDA device"):
-        resolve_backend("triton", "cuda")
+        backends.choose("triton", "cuda", Dynamics(), reference)
     monkeypatch.setattr(fused, "kernels", None)
     monkeypatch.setattr(fused, "IMPORT_ERROR", "No module named 'triton'", raising=False)
     assert "pip install triton" in fused.unavailable("cuda")
@@ -305,8 +329,8 @@ def test_compiles_for_an_h100(batch, length, embedding, memory, steps, dtype, mo
     shapes = (length, embedding), (length, embedding), (embedding,)
     currents = [torch.zeros(batch, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
     weights = torch.zeros(2 * memory, 2 * embedding, dtype=dtype), torch.zeros(memory, embedding + memory, dtype=dtype)
-    recalled = fused.store_and_recall(*currents, *weights, Dynamics(num_time_steps=steps))
-    (recalled.readout.sum() + sum(count.sum() for count in recalled.spike_counts.values())).backward()
+    readout, spike_counts, _ = fused.store_and_recall(*currents, *weights, Dynamics(num_time_steps=steps))
+    (readout.sum() + sum(count.sum() for count in spike_counts.values())).backward()
     assert set(compiled) == {
         "lif_forward", "lif_backward", "write_forward", "write_backward", "read_forward", "read_backward"
     }  # fmt: skip

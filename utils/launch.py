@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
-from models.backends import BackendError, resolve_backend
+from models import BackendError, backends
 from utils import distributed
 from utils.errors import UserError, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
@@ -52,7 +52,7 @@ def run(job: Job, ranks: Ranks | None, options: Options, *args) -> int:
     if ranks.spawns:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the processes warn
-            resolve_backend(options["backend"], "cuda" if _uses_gpus(options) else "cpu")
+            backends.build(options["backend"], "cuda" if _uses_gpus(options) else "cpu")
     options.values["world_size"] = ranks.nodes
     members = Members(ranks, options)
     if ranks.spawns:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from models.backends.reference import SEGMENT_STEPS
+from models.hebbian_memory import RECOMPUTE_EVERY as SEGMENT_STEPS
 from utils.errors import UserError
 
 _FLOAT = 4  # bytes

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from models.backends import BACKENDS, Dynamics
+from models import BACKENDS, Dynamics
 from models.memorizing_associations import Sizes
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule

@@ -16,7 +16,6 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +87,18 @@ def program(name: str) -> Callable:
 
 
 _programs: dict[str, Callable] = {}
+
+
+def build(name: str, device_type: str) -> None:
+    """Build ahead what a backend compiles, before processes start that would all want to.
+
+    Raises:
+        BackendError: the backend asked for by name cannot run here.
+    """
+    for kernel in KERNELS:
+        reason = unavailable(kernel, device_type) if name in ("auto", kernel) else None
+        if reason and name == kernel:
+            raise BackendError(f"backend {kernel}: {reason}")
 
 
 @functools.cache

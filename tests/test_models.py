@@ -1,4 +1,4 @@
-"""The equations one by one, and what the reference backend keeps for its backward pass."""
+"""The plain model: its equations one by one, what it keeps for its backward pass, and what it refuses."""
 
 import itertools
 import math
@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import models
-from models.backends import reference
-from models.neurons import LIFNeuron, LIFState, Spike, lif_step
-from models.plasticity import HebbianRule, hebbian_update, update_trace
+from models import hebbian_memory
+from models.neurons import LIFNeuron, Spike
+from models.plasticity import HebbianRule
 
 
 def run(current, **constants):
     """Spikes and membrane of one neuron."""
-    lif = LIFNeuron(**constants)
-    state, spikes, membrane = LIFState.at_rest(torch.zeros(1, dtype=torch.float64)), [], []
+    neuron = LIFNeuron(**constants)
+    state, spikes, membrane = neuron.initial_state(torch.zeros(1, dtype=torch.float64)), [], []
     for value in current:
-        state = lif_step(torch.tensor([value], dtype=torch.float64), state, lif)
+        state = neuron.step(torch.tensor([value], dtype=torch.float64), state)
         spikes.append(int(state.spikes))
         membrane.append(state.membrane.item())
     return spikes, membrane
@@ -56,20 +56,22 @@ def test_surrogate_derivative_is_a_triangle_masked_by_refractoriness():
 
 
 def test_the_hebbian_update_of_one_weight():
-    constants = HebbianRule(w_max=0.7, gamma_pos=0.5, gamma_neg=0.2, tau_trace=5.0)
-    nu = update_trace(torch.tensor([[0.0, 0.4]]), torch.tensor([[1.0, 0.0]]), constants)
+    rule = HebbianRule(w_max=0.7, gamma_pos=0.5, gamma_neg=0.2, tau_trace=5.0)
+    nu = rule.update_trace(torch.tensor([[0.0, 0.4]]), torch.tensor([[1.0, 0.0]]))
     beta = math.exp(-1 / 5)
     assert nu.tolist()[0] == pytest.approx([1 - beta, 0.4 * beta])
     memory = torch.tensor([[[0.3]]])
-    updated = hebbian_update(memory, torch.tensor([[0.6]]), torch.tensor([[0.9]]), constants)
+    updated = rule.update(memory, torch.tensor([[0.6]]), torch.tensor([[0.9]]))
     assert updated.item() == pytest.approx(0.3 + 0.5 * (0.7 - 0.3) * 0.6 * 0.9 - 0.2 * 0.9**2 * 0.3)
 
 
-def test_rate_regularization_takes_the_batch_mean_before_the_square():
-    rates = {name: torch.full((2, 3), 5.0) for name in reference.POPULATIONS}
-    rates["read_key"] = torch.tensor([[0.0, 20.0, 10.0], [20.0, 20.0, 10.0]])
+def test_rate_regularization_is_of_mean_rates():
+    rates = {name: torch.full((3,), 5.0) for name in models.POPULATIONS}
+    rates["read_key"] = torch.tensor([10.0, 20.0, 10.0])
     expected = 6 * (5 - 10) ** 2 + ((10 - 10) ** 2 + (20 - 10) ** 2 + (10 - 10) ** 2) / 3
     assert models.rate_regularization(rates, 10.0).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="read_key must hold one mean rate a neuron"):
+        models.rate_regularization(rates | {"read_key": torch.zeros(2, 3)}, 10.0)
 
 
 def test_training_never_keeps_a_memory_for_every_step():
@@ -84,18 +86,18 @@ def test_training_never_keeps_a_memory_for_every_step():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(torch.rand(1, 10, 10), torch.randperm(10).unsqueeze(0), torch.rand(1, 10))
-    assert 0 < len(kept) <= 1000 // reference.SEGMENT_STEPS + 4
+    assert 0 < len(kept) <= 1000 // hebbian_memory.RECOMPUTE_EVERY + 10 + 4
 
 
 @pytest.mark.parametrize("steps", [1, 7, 10_000])
-def test_segments_do_not_change_gradients(monkeypatch, steps):
+def test_recomputation_does_not_change_gradients(monkeypatch, steps):
     expected = golden.load("small_defaults")
-    monkeypatch.setattr(reference, "SEGMENT_STEPS", steps)
+    monkeypatch.setattr(hebbian_memory, "RECOMPUTE_EVERY", steps)
     golden.check(expected, "reference")
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, cpp, reference, not 'fast'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, cpp, compiled, reference, not 'fast'"):
         models.build_model({}, "fast")
 
 
