@@ -1,38 +1,27 @@
-#!/usr/bin/env python3
 """Turn run folders into a table (CSV and Markdown) and figures.
 
-python experiments/summarize.py runs/sweep --output_dir runs/sweep/summary
-python experiments/summarize.py runs/sweep --output_dir experiments/results --copy
+python -m experiments.summarize runs/sweep --output_dir runs/sweep/summary
+python -m experiments.summarize runs/sweep --output_dir experiments/results --copy
+python -m experiments.summarize experiments/results --output_dir experiments/results
 
-Every folder below the first with options.yaml and metrics.jsonl is a run. What is not finished is in the table, marked as such.
+Runs are read from their folders, or from where --copy kept them (see runs.py). The table states what is not finished.
 """
 
 import argparse
 import collections
-import csv
-import io
-import json
-import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import models
+from experiments.runs import GROUP, Result, read_results, to_csv, write_groups
+from utils.errors import UserError
+from utils.figures import curves
+from utils.figures.style import GREY, SERIES, TWO_COLUMNS, add_axes, add_heading, new_figure, save, styled
+from utils.options import CURRICULUM, DATA, MODEL, TRAINING
 
-import models  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.figures import curves  # noqa: E402
-from utils.figures.style import GREY, SERIES, TWO_COLUMNS, add_axes, add_heading, new_figure, save, styled  # noqa: E402
-from utils.options import CURRICULUM, DATA, MODEL, TRAINING  # noqa: E402
-from utils.run import METRICS, OPTIONS  # noqa: E402
-
-TESTS = "accuracy_by_length.csv"
-RAW = (OPTIONS, METRICS, TESTS, "command.txt")
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
 # What a run may differ in without being trained in another way.
 _NOT_A_WAY_OF_TRAINING = {"sequence_length", "num_classes", "seed", "epochs", "workers", "prefetch_factor", "start_epoch"}
@@ -42,13 +31,13 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", type=Path, metavar="FOLDER", help="folder with runs, at any depth")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="where to write table and figures")
-    parser.add_argument("--copy", action="store_true", help=f"copy what they are made of there, too: {', '.join(RAW)}")
+    parser.add_argument("--copy", action="store_true", help=f"keep the runs themselves there, too, compactly: see {GROUP}")
     args = parser.parse_args(argv)
     try:
         results = read_results(args.runs)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if args.copy:
-            copy(results, args.output_dir)
+            write_groups(results, args.output_dir)
         rows = [summary(result) for result in results]
         (args.output_dir / "table.csv").write_text(to_csv(rows), encoding="utf-8")
         (args.output_dir / "table.md").write_text(to_markdown(rows), encoding="utf-8")
@@ -64,51 +53,6 @@ def main(argv=None) -> int:
     return 0
 
 
-class Result(NamedTuple):
-    """What a run folder says."""
-
-    name: str  # group/run
-    folder: Path
-    options: dict[str, Any]
-    metrics: list[dict[str, Any]]  # one an epoch
-    tests: list[dict[str, float]]  # one a tested length
-
-
-def read_results(root: Path) -> list[Result]:
-    """All runs below a folder, by name.
-
-    Raises:
-        UserError: there are none, or a file is damaged.
-    """
-    folders = sorted(path.parent for path in root.rglob(METRICS) if (path.parent / OPTIONS).exists())
-    if not folders:
-        raise UserError(f"{root}: holds no run ({OPTIONS} and {METRICS}); name the --output_dir of a sweep")
-    return sorted((_read(folder, root) for folder in folders), key=lambda r: (r.name.split("/")[:-1], _sizes(r.options)))
-
-
-def _sizes(options: dict[str, Any]) -> tuple:
-    return options["sequence_length"], options["seed"], options["num_classes"]
-
-
-def _read(folder: Path, root: Path) -> Result:
-    try:
-        options = yaml.safe_load((folder / OPTIONS).read_text(encoding="utf-8"))
-        metrics = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
-        table = (folder / TESTS).read_text(encoding="utf-8").splitlines() if (folder / TESTS).exists() else []
-        tests = [{name: float(row[name]) for name in ("sequence_length", "accuracy")} for row in csv.DictReader(table)]
-    except (ValueError, KeyError, yaml.YAMLError) as damage:
-        raise UserError(f"{folder}: damaged ({' '.join(str(damage).split())}); leave it out") from damage
-    return Result(folder.relative_to(root).as_posix(), folder, options, metrics, tests)
-
-
-def copy(results: list[Result], target: Path) -> None:
-    for result in results:
-        (target / result.name).mkdir(parents=True, exist_ok=True)
-        for name in RAW:
-            if (result.folder / name).exists():
-                shutil.copyfile(result.folder / name, target / result.name / name)
-
-
 # The table
 
 
@@ -119,7 +63,7 @@ def summary(result: Result) -> dict[str, Any]:
     best = int(np.argmax(validation)) if metrics else None
     threshold = learned_above(options["sequence_length"])
     learned = next((epoch for epoch, accuracy in enumerate(validation, start=1) if accuracy > threshold), None)
-    tested = [test["accuracy"] for test in result.tests if test["sequence_length"] == options["sequence_length"]]
+    tested = [float(test["accuracy"]) for test in result.tests if int(test["sequence_length"]) == options["sequence_length"]]
     return {
         "run": result.name,
         "sequence_length": options["sequence_length"],
@@ -134,7 +78,7 @@ def summary(result: Result) -> dict[str, Any]:
         "best_validation_accuracy": validation[best] if metrics else None,
         "best_epoch": best + 1 if metrics else None,
         "test_accuracy": tested[0] if tested else None,
-    } | {f"{name}_rate": round(metrics[-1]["rates"][name], 2) if metrics else None for name in SHOWN_RATES}
+    } | {f"{name}_rate": round(metrics[-1][name], 2) if metrics else None for name in SHOWN_RATES}
 
 
 def learned_above(length: int) -> float:
@@ -146,7 +90,7 @@ def outcome(result: Result, learned: int | None) -> str:
     options = result.options
     if not result.metrics:
         return "not begun"
-    if result.metrics[-1]["rates"]["read_value"] < models.SILENT_BELOW:
+    if result.metrics[-1]["read_value"] < models.SILENT_BELOW:
         return "silent"
     if learned or options["num_classes"] == 1:
         return "learned"
@@ -165,14 +109,6 @@ def way_of_training(options: dict[str, Any]) -> str:
         if option.name not in told and options[option.name] != option.default:
             words.append(f"{option.name} {options[option.name]}")
     return ", ".join(words) or "published options"
-
-
-def to_csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
@@ -225,8 +161,7 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
 
 
 def training_curves(result: Result) -> curves.Curves:
-    epochs = [line | line["rates"] for line in result.metrics]
-    columns = {name: np.array([epoch[name] for epoch in epochs]) for name in epochs[0] if name != "rates"}
+    columns = {name: np.array([epoch[name] for epoch in result.metrics]) for name in result.metrics[0]}
     columns["epoch"] = columns["epoch"] + 1
     length = result.options["sequence_length"]
     label = f"{length} pair{'s' * (length > 1)}, {way_of_training(result.options)}"
@@ -234,7 +169,7 @@ def training_curves(result: Result) -> curves.Curves:
 
 
 def tested_lengths(result: Result) -> curves.Curves:
-    columns = {name: np.array([test[name] for test in result.tests]) for name in ("sequence_length", "accuracy")}
+    columns = {name: np.array([float(test[name]) for test in result.tests]) for name in ("sequence_length", "accuracy")}
     options = result.options
     return curves.Curves(way_of_training(options), columns, options["num_classes"], options["sequence_length"])
 

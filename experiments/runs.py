@@ -1,0 +1,112 @@
+"""What runs say, from their folders or kept compactly: three files a group, in place of four a run.
+
+GROUP/runs.yaml     options that all runs of the group share; for each run what differs, and the commands that made it
+GROUP/metrics.csv   a row an epoch of each run, every number as in the run's metrics.jsonl
+GROUP/tests.csv     a row a tested length of each run, as in its accuracy_by_length.csv
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from utils.errors import UserError
+from utils.run import METRICS, OPTIONS
+
+TESTS, COMMANDS = "accuracy_by_length.csv", "command.txt"  # of a run, beside what the task script keeps there
+GROUP, GROUP_METRICS, GROUP_TESTS = "runs.yaml", "metrics.csv", "tests.csv"
+
+
+class Result(NamedTuple):
+    """A run. Numbers are as they were written; accuracies in percent, firing rates in Hz."""
+
+    name: str  # group/run
+    options: dict[str, Any]
+    commands: list[str]  # "commit: command"
+    metrics: list[dict[str, Any]]  # one an epoch, rates among them by the name of their population
+    tests: list[dict[str, str]]  # one a tested length
+
+
+def read_results(root: Path) -> list[Result]:
+    """All runs below a folder, kept either way, by group, then by length, seed and classes.
+
+    Raises:
+        UserError: there are none, or a file is damaged.
+    """
+    folders = [path.parent for path in root.rglob(METRICS) if (path.parent / OPTIONS).exists()]
+    found = [_checked(folder, lambda folder: [read_run(folder, root)]) for folder in folders]
+    found += [_checked(path.parent, lambda group: list(read_group(group, root))) for path in root.rglob(GROUP)]
+    if not found:
+        raise UserError(f"{root}: holds no run ({OPTIONS} and {METRICS}, or {GROUP}); name the --output_dir of a sweep")
+    return sorted((result for results in found for result in results), key=_order)
+
+
+def _order(result: Result) -> tuple:
+    group, _, run = result.name.rpartition("/")
+    return group, *(result.options[name] for name in ("sequence_length", "seed", "num_classes")), run
+
+
+def _checked(folder: Path, read) -> list[Result]:
+    try:
+        return read(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as damage:
+        raise UserError(f"{folder}: damaged ({' '.join(str(damage).split())}); leave it out") from damage
+
+
+def read_run(folder: Path, root: Path) -> Result:
+    options = yaml.safe_load(_text(folder / OPTIONS))
+    metrics = [json.loads(line) for line in _text(folder / METRICS).splitlines()]
+    flat = [{name: value for name, value in line.items() if name != "rates"} | line.get("rates", {}) for line in metrics]
+    tests = list(csv.DictReader(_text(folder / TESTS).splitlines()))
+    return Result(folder.relative_to(root).as_posix(), options, _text(folder / COMMANDS).splitlines(), flat, tests)
+
+
+def read_group(folder: Path, root: Path) -> Iterator[Result]:
+    group = yaml.safe_load(_text(folder / GROUP))
+    metrics, tests = (list(csv.DictReader(_text(folder / name).splitlines())) for name in (GROUP_METRICS, GROUP_TESTS))
+    for run, own in group["runs"].items():
+        name = f"{folder.relative_to(root).as_posix()}/{run}"
+        mine = [[{n: v for n, v in row.items() if n != "run" and v} for row in rows if row["run"] == run] for rows in (metrics, tests)]
+        numbers = [{column: json.loads(value) for column, value in row.items()} for row in mine[0]]
+        yield Result(name, group["options"] | own["options"], own["commands"], numbers, mine[1])
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def write_groups(results: Iterable[Result], root: Path) -> None:
+    """Keep runs compactly below a folder; `read_results` gives the same runs again."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.name.rpartition("/")[0], []).append(result)
+    for group, members in groups.items():
+        runs = {result.name.rpartition("/")[2]: result for result in members}
+        first, *others = (result.options for result in members)
+        shared = {n: v for n, v in first.items() if all(n in other and other[n] == v for other in others)}
+        kept = {
+            run: {"options": {n: v for n, v in result.options.items() if n not in shared}, "commands": result.commands}
+            for run, result in runs.items()
+        }
+        (root / group).mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump({"options": shared, "runs": kept}, sort_keys=False, width=1000, allow_unicode=True)
+        (root / group / GROUP).write_text(text, encoding="utf-8")
+        metrics = [
+            {"run": run} | {n: json.dumps(v) for n, v in line.items()} for run, result in runs.items() for line in result.metrics
+        ]
+        tests = [{"run": run} | line for run, result in runs.items() for line in result.tests]
+        (root / group / GROUP_METRICS).write_text(to_csv(metrics), encoding="utf-8")
+        (root / group / GROUP_TESTS).write_text(to_csv(tests), encoding="utf-8")
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """A table with the columns of all rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
