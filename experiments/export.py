@@ -64,7 +64,7 @@ def file_name(run: str) -> str:
 def describe(result: Result) -> str:
     """What made a network, and what it scores."""
     row = summary(result)
-    trained = [line for line in (result.folder / "command.txt").read_text().splitlines() if "--evaluate" not in line]
+    trained = [line for line in result.commands if "--evaluate" not in line]
     commands = {}  # command -> the commits it ran at; it goes on where it was interrupted
     for line in trained:
         commit, command = line.split(": ", maxsplit=1)

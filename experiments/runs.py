@@ -67,12 +67,14 @@ def read_run(folder: Path, root: Path) -> Result:
 
 def read_group(folder: Path, root: Path) -> Iterator[Result]:
     group = yaml.safe_load(_text(folder / GROUP))
-    metrics, tests = (list(csv.DictReader(_text(folder / name).splitlines())) for name in (GROUP_METRICS, GROUP_TESTS))
+    rows: dict[str, dict[str, list]] = {name: {} for name in (GROUP_METRICS, GROUP_TESTS)}  # file -> run -> rows
+    for name, by_run in rows.items():
+        for row in csv.DictReader(_text(folder / name).splitlines()):
+            by_run.setdefault(row.pop("run"), []).append({column: value for column, value in row.items() if value})
     for run, own in group["runs"].items():
         name = f"{folder.relative_to(root).as_posix()}/{run}"
-        mine = [[{n: v for n, v in row.items() if n != "run" and v} for row in rows if row["run"] == run] for rows in (metrics, tests)]
-        numbers = [{column: json.loads(value) for column, value in row.items()} for row in mine[0]]
-        yield Result(name, group["options"] | own["options"], own["commands"], numbers, mine[1])
+        metrics = [{n: json.loads(v) for n, v in row.items()} for row in rows[GROUP_METRICS].get(run, [])]
+        yield Result(name, group["options"] | own["options"], own["commands"], metrics, rows[GROUP_TESTS].get(run, []))
 
 
 def _text(path: Path) -> str:
@@ -81,26 +83,23 @@ def _text(path: Path) -> str:
 
 def write_groups(results: Iterable[Result], root: Path) -> None:
     """Keep runs compactly below a folder; `read_results` gives the same runs again."""
-    groups: dict[str, list[Result]] = {}
+    groups: dict[str, dict[str, Result]] = {}
     for result in results:
-        groups.setdefault(result.name.rpartition("/")[0], []).append(result)
+        group, _, run = result.name.rpartition("/")
+        groups.setdefault(group, {})[run] = result
     for group, members in groups.items():
-        runs = {result.name.rpartition("/")[2]: result for result in members}
-        first, *others = (result.options for result in members)
+        first, *others = (result.options for result in members.values())
         shared = {n: v for n, v in first.items() if all(n in other and other[n] == v for other in others)}
-        kept = {
-            run: {"options": {n: v for n, v in result.options.items() if n not in shared}, "commands": result.commands}
-            for run, result in runs.items()
-        }
+        runs, metrics, tests = {}, [], []
+        for run, result in members.items():
+            own = {n: v for n, v in result.options.items() if n not in shared}
+            runs[run] = {"options": own, "commands": result.commands}
+            metrics += [{"run": run} | {n: json.dumps(v) for n, v in line.items()} for line in result.metrics]
+            tests += [{"run": run} | line for line in result.tests]
+        text = yaml.safe_dump({"options": shared, "runs": runs}, sort_keys=False, width=1000, allow_unicode=True)
         (root / group).mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump({"options": shared, "runs": kept}, sort_keys=False, width=1000, allow_unicode=True)
-        (root / group / GROUP).write_text(text, encoding="utf-8")
-        metrics = [
-            {"run": run} | {n: json.dumps(v) for n, v in line.items()} for run, result in runs.items() for line in result.metrics
-        ]
-        tests = [{"run": run} | line for run, result in runs.items() for line in result.tests]
-        (root / group / GROUP_METRICS).write_text(to_csv(metrics), encoding="utf-8")
-        (root / group / GROUP_TESTS).write_text(to_csv(tests), encoding="utf-8")
+        for name, content in ((GROUP, text), (GROUP_METRICS, to_csv(metrics)), (GROUP_TESTS, to_csv(tests))):
+            (root / group / name).write_text(content, encoding="utf-8")
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Train and test every run of a sweep, several at a time; run it again to go on where it stopped.
+"""Train and test every run of a sweep, several at a time. Started again, it does what is left; on more machines, they share it.
 
-python experiments/sweep.py experiments/results.yaml --output_dir runs/sweep
+python -m experiments.sweep experiments/results.yaml --output_dir runs/results
 
 The YAML file names groups of runs. A group gives options of the task script; a list of values makes one run for each of them
 (several lists: for each combination), in the order of the file:
@@ -14,11 +13,13 @@ The YAML file names groups of runs. A group gives options of the task script; a 
       test_lengths: 2-10             # to test at when trained; without it, at the length trained on
 
 A run is the folder OUTPUT_DIR/GROUP/RUN, named after the options that have lists. Beside what the task script keeps there, it
-holds log.txt (what the run said), command.txt (the commands that made it, each with the commit of the program) and
+holds log.txt (what the run printed), command.txt (the commands that made it, each with the commit of the program) and
 accuracy_by_length.csv (accuracy on the published test set of the checkpoint of highest validation accuracy).
 """
 
 import argparse
+import csv
+import fcntl
 import itertools
 import os
 import signal
@@ -28,38 +29,39 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 import torch
 import yaml
 from tqdm import tqdm
 
+from experiments.runs import COMMANDS, TESTS
+from utils import checkpoints
+from utils.errors import UserError
+from utils.interruption import Interruption
+from utils.options import CURRICULUM, MODEL, TASK_GROUPS, TRAINING, Options, Parser
+from utils.run import METRICS, OPTIONS
+
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from utils import checkpoints  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.interruption import Interruption  # noqa: E402
-from utils.options import TASK_GROUPS, Options, lengths  # noqa: E402
-from utils.run import METRICS, Run  # noqa: E402
-
 SCRIPT = ROOT / "memorizing_associations_task.py"
+LOG, LOCK = "log.txt", ".sweep.lock"
 POLL_SECONDS = 0.5
-_OPTIONS = {option.name: option for options in TASK_GROUPS.values() for option in options}
 _NOT_TO_SET = {"resume", "evaluate", "print_options", "output_dir", "gpu", "multiprocessing_distributed", "start_epoch"}
+_DEFAULTS = {option.name: option.default for options in TASK_GROUPS.values() for option in options}
+_RESULT_DEPENDS_ON = {option.name for option in (*MODEL, *TRAINING, *CURRICULUM)} | {"dataset_seed", "inf_data"}
 
 
 def main(argv=None) -> int:
     args = get_args_parser().parse_args(argv)
     try:
-        runs = read_sweep(args.sweep, args.output_dir)
+        jobs = read_sweep(args.sweep, args.output_dir)
         if args.list:
-            print(*(" ".join(run.training()) for run in runs), sep="\n")
+            print(*(" ".join(job.training()) for job in jobs), sep="\n")
             return 0
-        slots = find_slots(args.jobs, args.threads)
+        refuse_other_runs(jobs)
+        gpus = find_gpus(args.jobs, args.threads)
         with Interruption() as interruption:
-            return Sweep(runs, slots, args.threads, args.test_only).work(interruption)
+            return Sweep(jobs, gpus, args.threads, args.test_only).work(interruption)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,9 +69,9 @@ def main(argv=None) -> int:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="the runs (the head of this script describes the file)")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="the runs (the head of this module describes the file)")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of the sweep")
-    parser.add_argument("--jobs", type=positive, help="runs at a time (default: one a GPU; without GPUs, cores // threads)")
+    parser.add_argument("--jobs", type=positive, help="runs at a time (default: one per GPU; without GPUs, cores // threads)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run (default: 1)")
     parser.add_argument(
         "--test_only", "--test-only", action="store_true", help="train nothing; test the runs as they are, finished or not"
@@ -94,35 +96,62 @@ class Job:
 
     name: str  # group/run
     folder: Path
-    options: dict[str, Any]
-    test_lengths: str
-
-    @property
-    def epochs(self) -> int:
-        return self.options.get("epochs", _OPTIONS["epochs"].default)
+    given: dict[str, Any]  # the options in the sweep file
+    options: dict[str, Any]  # all of them
+    test_lengths: tuple[int, ...]
 
     def training(self) -> list[str]:
-        return [*self._script("auto"), *itertools.chain.from_iterable(map(_argument, self.options, self.options.values()))]
+        return [*self._script("auto"), *_words(self.given)]
 
     def testing(self) -> list[str]:
-        return [*self._script(self.folder / checkpoints.BEST), "--evaluate", "--sequence_length", self.test_lengths]
+        given = {name: self.given[name] for name in ("backend", "device", "dist_backend") if name in self.given}
+        lengths = {"sequence_length": ",".join(map(str, self.test_lengths))}
+        return [*self._script(self.folder / checkpoints.BEST), "--evaluate", *_words(given | lengths)]
 
     def _script(self, resume: Path | str) -> list[str]:
         return [sys.executable, str(SCRIPT), "--output_dir", str(self.folder), "--resume", str(resume)]
 
     def epochs_done(self) -> int:
-        """Epochs in the run's metrics file."""
         try:
             return (self.folder / METRICS).read_bytes().count(b"\n")
         except OSError:
             return 0
 
     def is_trained(self) -> bool:
-        return self.epochs_done() >= self.epochs
+        return self.epochs_done() >= self.options["epochs"]
 
     def is_tested(self) -> bool:
-        table, tested = self.folder / "accuracy_by_length.csv", self.folder / checkpoints.BEST
-        return table.exists() and tested.exists() and table.stat().st_mtime >= tested.stat().st_mtime
+        """The best network, at these lengths."""
+        try:
+            with open(self.folder / TESTS, newline="") as table:
+                lengths = tuple(int(row["sequence_length"]) for row in csv.DictReader(table))
+            newer = (self.folder / TESTS).stat().st_mtime >= (self.folder / checkpoints.BEST).stat().st_mtime
+        except (OSError, KeyError, ValueError):
+            return False
+        return newer and lengths == self.test_lengths
+
+    def differences(self) -> list[str]:
+        """A phrase for each option by which the run in the folder was trained otherwise than the sweep file says."""
+        try:
+            record = _DEFAULTS | (yaml.safe_load((self.folder / OPTIONS).read_text(encoding="utf-8")) or {})
+        except OSError:
+            return []
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError) as failure:
+            raise UserError(f"{self.folder / OPTIONS}: damaged ({' '.join(str(failure).split())}); remove the run") from failure
+        record["epochs"] = max(self.epochs_done(), self.options["epochs"])  # more epochs continue a run
+        compared = sorted(_RESULT_DEPENDS_ON | ({"backend"} & self.given.keys()))
+        return [f"{name} {self.options[name]} (run: {record[name]})" for name in compared if self.options[name] != record[name]]
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    """Options as one gives them on a command line."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", "none" if value is None else str(value)]
+    return words
 
 
 def read_sweep(path: Path, output_dir: Path) -> list[Job]:
@@ -148,66 +177,59 @@ def _jobs(where: str, group_name: str, group: dict[str, Any], output_dir: Path) 
     lists = {name: values for name, values in group.items() if isinstance(values, list)}
     for combination in itertools.product(*lists.values()):
         chosen = dict(zip(lists, combination, strict=True))
-        options = group | chosen
-        if options.get("num_classes") == "sequence_length":
-            options["num_classes"] = options.get("sequence_length", _OPTIONS["sequence_length"].default)
+        given = group | chosen
+        if given.get("num_classes") == "sequence_length":
+            given["num_classes"] = given.get("sequence_length", _DEFAULTS["sequence_length"])
+        if fixed := sorted(_NOT_TO_SET & given.keys()):
+            raise UserError(f"{where}: {', '.join(fixed)}: the sweep itself sets it")
+        options = _resolve(where, _words(given))
+        if options["seed"] is None:
+            raise UserError(f"{where}: seed: a sweep needs seeds, so that its runs can be repeated")
+        tested = options.all_lengths
+        if test_lengths is not None:
+            words = _words(given | {"sequence_length": test_lengths, "evaluate": True})
+            tested = _resolve(f"{where}: test_lengths", words).all_lengths
         run_name = "-".join(f"{name}{value}" for name, value in chosen.items()) or "run"
-        resolved = _check(where, options)
-        tested = test_lengths if test_lengths is not None else resolved["sequence_length"]
-        if max(_as_tuple(_convert(lengths, f"{where}: test_lengths", tested))) > resolved["num_classes"]:
-            raise UserError(f"{where}: test_lengths: {tested} is more than num_classes {resolved['num_classes']}")
-        yield Job(f"{group_name}/{run_name}", output_dir / group_name / run_name, options, str(tested))
+        yield Job(f"{group_name}/{run_name}", output_dir / group_name / run_name, given, options.values, tested)
 
 
-def _check(where: str, options: dict[str, Any]) -> dict[str, Any]:
-    """All options of a run, its own and the defaults."""
-    for name in options:
-        if name not in _OPTIONS or name in _NOT_TO_SET:
-            reason = "the sweep itself sets it" if name in _OPTIONS else "no such option of the task script"
-            raise UserError(f"{where}: {name}: {reason}")
-    given = {name: _convert(_OPTIONS[name].convert, f"{where}: {name}", value) for name, value in options.items()}
-    resolved = Options({n: o.default for n, o in _OPTIONS.items()} | given, frozenset(given), TASK_GROUPS)
-    if error := resolved.combination_error():
-        raise UserError(f"{where}: {error}")
-    if resolved["seed"] is None:
-        raise UserError(f"{where}: seed: a sweep needs seeds, so that its runs can be repeated")
-    return resolved.values
+class _Parser(Parser):
+    def error(self, message: str):
+        raise UserError(message)
 
 
-def _convert(converter, where: str, value: Any) -> Any:
+def _resolve(where: str, words: list[str]) -> Options:
+    """All options of the task script, those on this command line and the defaults."""
     try:
-        return converter(value)
-    except ValueError as wrong:
-        raise UserError(f"{where}: {wrong}") from None
+        options = _Parser("", TASK_GROUPS).parse(words)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if error := options.combination_error():
+        raise UserError(f"{where}: {error}")
+    return options
 
 
-def _as_tuple(value: Any) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
+def refuse_other_runs(jobs: list[Job]) -> None:
+    """See that no run in the folder is of other options than the sweep file gives it now."""
+    for job in jobs:
+        if differences := job.differences():
+            raise UserError(
+                f"{job.folder}: is another run: {', '.join(differences)}; choose another --output_dir or group name"
+            )
 
 
-def _argument(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, bool):
-        return (f"--{name}" if value else f"--no-{name}",)
-    return f"--{name}", "none" if value is None else str(value)
+# Running
 
 
-# Where to run
-
-
-class Slot(NamedTuple):
-    """Room for one run at a time."""
-
-    gpu: str | None  # what CUDA_VISIBLE_DEVICES shall be; None: as it is
-
-
-def find_slots(jobs: int | None, threads: int) -> list[Slot]:
+def find_gpus(jobs: int | None, threads: int) -> list[str | None]:
+    """For each run at a time, its CUDA_VISIBLE_DEVICES; None: as it is."""
     count = torch.cuda.device_count()
     if count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",")[:count] if visible else [str(n) for n in range(count)]
-        return [Slot(gpus[n % count]) for n in range(jobs or count)]
+        return [gpus[n % count] for n in range(jobs or count)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [Slot(None)] * (jobs or max(1, cores // threads))
+    return [None] * (jobs or max(1, cores // threads))
 
 
 @dataclass
@@ -215,28 +237,34 @@ class Child:
     """A run at work."""
 
     job: Job
-    slot: Slot
+    gpu: str | None
     process: subprocess.Popen
     testing: bool
+    lock: IO
 
 
 class Sweep:
-    """Keeps the slots busy until all runs are trained and tested."""
+    """Keeps its places (one per GPU, or `jobs`) busy until all runs are trained and tested, by it or by another sweep.
 
-    def __init__(self, jobs: list[Job], slots: list[Slot], threads: int, test_only: bool = False):
-        self.jobs, self.free, self.threads, self.test_only = jobs, list(slots), threads, test_only
+    A run is locked by the sweep that works on it. The system releases the lock when that sweep and its run have ended, however
+    they end, so that another sweep takes over what a dead machine held.
+    """
+
+    def __init__(self, jobs: list[Job], gpus: list[str | None], threads: int, test_only: bool = False):
+        self.jobs, self.free, self.threads, self.test_only = jobs, list(gpus), threads, test_only
         self.waiting, self.children, self.failed, self.done = list(jobs), [], [], 0
         self.commit = commit()
 
     def work(self, interruption: Interruption) -> int:
         """Returns the exit status: 1 if runs failed, 128 plus the number of the signal after one."""
-        epochs = sum(job.epochs for job in self.jobs)
+        epochs = sum(job.options["epochs"] for job in self.jobs)
         self.bar = tqdm(total=epochs, unit=" epochs", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.seen = {job.name: job.epochs_done() for job in self.jobs}
         try:
             while (self.waiting or self.children) and not interruption.signal:
                 self._fill()
-                time.sleep(POLL_SECONDS if self.children else 0)
+                if self.waiting or self.children:
+                    time.sleep(POLL_SECONDS)
                 self._collect()
                 self._show()
         finally:
@@ -244,64 +272,73 @@ class Sweep:
         self._show()
         self.bar.close()
         stopped = len(self.jobs) - self.done - len(self.failed)
-        say(f"{self.done} of {len(self.jobs)} runs done, {len(self.failed)} failed, {stopped} to go on with")
+        say(f"{self.done} of {len(self.jobs)} runs done, {len(self.failed)} failed, {stopped} unfinished")
         for job, reason in self.failed:
-            say(f"failed: {job.name}: {reason} ({job.folder / 'log.txt'})")
+            say(f"failed: {job.name}: {reason} ({job.folder / LOG})")
         return interruption.status or (1 if self.failed else 0)
 
     def _fill(self) -> None:
-        while self.free and self.waiting:
-            self._begin(self.waiting.pop(0), self.free[0])
+        for job in list(self.waiting):
+            if not self.free:
+                return
+            if lock := hold(job.folder):
+                self.waiting.remove(job)
+                self._begin(job, self.free.pop(0), lock)
 
-    def _begin(self, job: Job, slot: Slot) -> None:
-        """Start what a run needs next, in a slot that is free, if it needs anything."""
-        to_test = job.is_trained() or self.test_only
-        if to_test and (job.is_tested() or not Run(job.folder).holds_checkpoint()):
-            self.done += job.is_trained()
-            return
+    def _begin(self, job: Job, gpu: str | None, lock: IO) -> None:
+        """Start what a run needs next, if it needs anything."""
+        self.seen[job.name] = job.epochs_done()
+        testing = job.is_trained() or self.test_only
         try:
-            process = self._start(job, slot, job.testing() if to_test else job.training())
+            if testing and (job.is_tested() or not (job.folder / checkpoints.BEST).exists()):
+                self.done += job.is_trained()
+            else:
+                process = self._start(job, gpu, lock, job.testing() if testing else job.training())
+                self.children.append(Child(job, gpu, process, testing, lock))
+                say(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}")
+                return
         except OSError as failure:
-            self.failed.append((job, failure.strerror))
-            say(f"{job.name}: {self.failed[-1][1]}")
-            return
-        self.free.remove(slot)
-        self.children.append(Child(job, slot, process, to_test))
-        say(f"{job.name}: {'test' if to_test else 'train'}{f' on GPU {slot.gpu}' if slot.gpu else ''}")
+            self._fail(job, failure.strerror)
+        self.free.append(gpu)
+        lock.close()
 
-    def _start(self, job: Job, slot: Slot, command: list[str]) -> subprocess.Popen:
-        job.folder.mkdir(parents=True, exist_ok=True)
+    def _start(self, job: Job, gpu: str | None, lock: IO, command: list[str]) -> subprocess.Popen:
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        if slot.gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
-        with open(job.folder / "log.txt", "a") as log:
-            with open(job.folder / "command.txt", "a") as record:
-                record.write(f"{self.commit}: {shown(command)}\n")
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            return subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        with open(job.folder / LOG, "a") as log, open(job.folder / COMMANDS, "a") as record:
+            record.write(f"{self.commit}: {shown(command)}\n")
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+            return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], **quiet)
+
+    def _fail(self, job: Job, reason: str) -> None:
+        self.failed.append((job, reason))
+        say(f"{job.name}: failed: {reason}")
 
     def _collect(self) -> None:
         for child in [child for child in self.children if child.process.poll() is not None]:
             self.children.remove(child)
-            self.free.append(child.slot)
             status, job = child.process.returncode, child.job
+            last = last_line(job.folder / LOG)
+            if not status and not child.testing:
+                self._begin(job, child.gpu, child.lock)
+                continue
+            self.free.append(child.gpu)
+            child.lock.close()
             if status:
-                self.failed.append((job, last_line(job.folder / "log.txt") or f"exit status {status}"))
-                say(f"{job.name}: failed: {self.failed[-1][1]}")
-            elif child.testing:
-                self.done += job.is_trained()
-                say(f"{job.name}: {last_line(job.folder / 'log.txt')}")
+                self._fail(job, last or f"exit status {status}")
             else:
-                self._begin(job, child.slot)
+                self.done += job.is_trained()
+                say(f"{job.name}: {last}")
 
     def _show(self) -> None:
         for job in [child.job for child in self.children]:
             epochs = job.epochs_done()
             if epochs > self.seen[job.name] and self.bar.disable:
-                say(f"{job.name}: epoch {epochs}/{job.epochs}")
+                say(f"{job.name}: epoch {epochs}/{job.options['epochs']}")
             self.seen[job.name] = epochs
-        self.bar.set_postfix_str(f"{len(self.children)} at work, {len(self.failed)} failed", refresh=False)
-        self.bar.n = sum(min(self.seen[job.name], job.epochs) for job in self.jobs)
+        self.bar.set_postfix_str(f"{len(self.children)} running, {len(self.failed)} failed", refresh=False)
+        self.bar.n = sum(min(self.seen[job.name], job.options["epochs"]) for job in self.jobs)
         self.bar.refresh()
 
     def _stop(self) -> None:
@@ -312,7 +349,29 @@ class Sweep:
             say(f"waiting for {len(self.children)} runs to save")
         for child in self.children:
             child.process.wait()
+            child.lock.close()
         self.children.clear()
+
+
+def hold(folder: Path) -> IO | None:
+    """The lock of a run, until it is closed here and in the run's process; None while another sweep holds it.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a")  # noqa: SIM115
+    except OSError as failure:
+        raise UserError(f"{folder}: cannot be used ({failure.strerror}); choose another --output_dir") from failure
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError:
+        pass  # no locks on this file system: the task script warns, and one sweep alone works
+    return lock
 
 
 def commit() -> str:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import memorizing_associations_task as task
-from experiments import export, summarize, sweep
+from experiments import export, runs, summarize, sweep
 from utils import checkpoints
 from utils.errors import UserError
 
@@ -28,9 +28,9 @@ def write(path, **groups):
 
 
 def start(path, folder, *arguments):
-    command = [sys.executable, str(ROOT / "experiments" / "sweep.py"), str(path), "--output_dir", str(folder), *arguments]
+    command = [sys.executable, "-m", "experiments.sweep", str(path), "--output_dir", str(folder), *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(child):
@@ -48,8 +48,8 @@ def test_lists_make_runs(tmp_path):
     names = [f"long/sequence_length{length}-seed{seed}" for length in (2, 5) for seed in (1, 2)]
     assert [job.name for job in jobs] == [*names, "other/run"]
     assert [job.options["num_classes"] for job in jobs] == [2, 2, 5, 5, 30]
-    assert [job.test_lengths for job in jobs] == ["2", "2", "5", "5", "2-30"]
-    assert [job.epochs for job in jobs] == [7, 7, 7, 7, 250]
+    assert [job.test_lengths for job in jobs] == [(2,), (2,), (5,), (5,), tuple(range(2, 31))]
+    assert [job.options["epochs"] for job in jobs] == [7, 7, 7, 7, 250]
     assert jobs[-1].training()[-1] == "--perfect_reset"
 
 
@@ -72,54 +72,78 @@ def test_a_wrong_sweep_starts_nothing(tmp_path, capsys, group, words):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_not_repeated(tmp_path):
-    path = write(tmp_path / "sweep.yaml", small={"sequence_length": [1, 2], "seed": 1, "epochs": 1, **SMALL})
-    damaged = tmp_path / "runs" / "small" / "sequence_length1" / checkpoints.LAST
-    damaged.parent.mkdir(parents=True)
-    damaged.write_bytes(b"not a checkpoint")
-    status, output = finish(start(path, tmp_path / "runs", "--jobs", "2"))
-    assert status == 1
-    assert "1 of 2 runs done, 1 failed" in output and f"{damaged}: " in output
-
-    whole = tmp_path / "runs" / "small" / "sequence_length2"
-    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
-    assert len((whole / "metrics.jsonl").read_text().splitlines()) == 1
-    (tested,) = csv.DictReader((whole / "accuracy_by_length.csv").read_text().splitlines())
-    assert tested["sequence_length"] == "2" and 0 <= float(tested["accuracy"]) <= 100
-    assert len((whole / "command.txt").read_text().splitlines()) == 2
-
-    damaged.unlink()
-    status, output = finish(start(path, tmp_path / "runs", "--jobs", "2"))
-    assert status == 0 and "2 of 2 runs done, 0 failed" in output
-    assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
-
-    rows = [summarize.summary(result) for result in summarize.read_results(tmp_path / "runs")]
-    assert [row["state"] for row in rows] == ["finished", "finished"]
-    network = tmp_path / "network.pth.tar"
-    export.export(whole / checkpoints.BEST, network)
-    assert task.main(["--resume", str(network), "--epochs", "2", "--output_dir", str(tmp_path / "on"), "--device", "cpu"]) == 0
+def lines(path):
+    return path.read_text().splitlines()
 
 
-def test_an_interrupted_sweep_saves_its_runs(tmp_path):
-    path = write(tmp_path / "sweep.yaml", small={"sequence_length": [1], "seed": 1, "epochs": 500, **SMALL})
-    child = start(path, tmp_path / "runs", "--jobs", "1")
+def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other(tmp_path, capsys):
+    group = {"sequence_length": [1, 2], "seed": 1, "epochs": 1, "backend": "reference", **SMALL}
+    path = write(tmp_path / "sweep.yaml", small=group)
+    damaged, whole = (tmp_path / "runs" / "small" / f"sequence_length{n}" for n in (1, 2))
+    damaged.mkdir(parents=True)
+    (damaged / checkpoints.LAST).write_bytes(b"not a checkpoint")
+    children = [start(path, tmp_path / "runs", "--jobs", "1") for _ in range(2)]
+    for status, output in map(finish, children):
+        assert status == 1
+        assert "1 of 2 runs done, 1 failed" in output and f"{damaged / checkpoints.LAST}: " in output
+    assert ["--evaluate" in line for line in lines(whole / "command.txt")] == [False, True]
+    assert len(lines(whole / "metrics.jsonl")) == 1
+    assert sum("backend reference" in line for line in lines(whole / "log.txt")) == 2, "trained and tested with its backend"
+    (tested,) = csv.DictReader(lines(whole / "accuracy_by_length.csv"))
+    assert tested["sequence_length"] == "2"
+
+    # What is finished is not repeated.
+    before = {path: path.stat().st_mtime_ns for path in whole.iterdir() if path.name != ".sweep.lock"}
+    write(path, small=group | {"sequence_length": [2]})
+    assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs"), "--jobs", "1"]) == 0
+    assert "1 of 1 runs done, 0 failed" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    (result,) = runs.read_results(tmp_path / "runs")
+    assert summarize.summary(result)["state"] == "finished"
+
+    # Results of other options are not reported as those of the file.
+    write(path, small=group | {"gamma_neg": 0.02})
+    assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs")]) == 2
+    assert "gamma_neg 0.02 (run: 0.3)" in capsys.readouterr().err
+
+    runs.write_groups([result], tmp_path / "kept")
+    assert runs.read_results(tmp_path / "kept") == [result]
+
+
+def test_a_sweep_takes_over_from_a_dead_machine_and_saves_when_interrupted(tmp_path):
+    path = write(tmp_path / "sweep.yaml", small={"sequence_length": [1], "seed": 1, "epochs": 5000, **SMALL})
     run = tmp_path / "runs" / "small" / "sequence_length1"
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    status, output = finish(child)
-    assert status == 128 + signal.SIGTERM and "0 of 1 runs done, 0 failed, 1 to go on with" in output
+
+    def wait_for(condition, child):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert child.poll() is None and time.monotonic() < deadline, child.stdout.read()
+            time.sleep(0.1)
+
+    def epochs():
+        return len(lines(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
+
+    dying = start(path, tmp_path / "runs", "--jobs", "1")
+    wait_for(epochs, dying)
+    other = start(path, tmp_path / "runs", "--jobs", "1")
+    training = subprocess.run(["pgrep", "-P", str(dying.pid)], capture_output=True, text=True, check=True).stdout.split()
+    for pid in (dying.pid, *map(int, training)):
+        os.kill(pid, signal.SIGKILL)
+    finish(dying)
+    left = epochs()
+    wait_for(lambda: epochs() > left, other)
+    other.send_signal(signal.SIGTERM)
+    status, output = finish(other)
+    assert status == 128 + signal.SIGTERM and "0 of 1 runs done, 0 failed, 1 unfinished" in output
     assert "interrupted in epoch" in (run / "log.txt").read_text()
-    (result,) = summarize.read_results(tmp_path / "runs")
+    (result,) = runs.read_results(tmp_path / "runs")
     assert summarize.summary(result)["state"] == "unfinished"
     assert checkpoints.load(run / checkpoints.LAST)["epoch"] == len(result.metrics)
 
 
 def test_the_table_is_that_of_the_raw_metrics():
-    rows = [summarize.summary(result) for result in summarize.read_results(RESULTS)]
-    assert (RESULTS / "table.csv").read_text(encoding="utf-8") == summarize.to_csv(rows)
+    rows = [summarize.summary(result) for result in runs.read_results(RESULTS)]
+    assert (RESULTS / "table.csv").read_text(encoding="utf-8") == runs.to_csv(rows)
     assert (RESULTS / "table.md").read_text(encoding="utf-8") == summarize.to_markdown(rows)
 
 
@@ -129,7 +153,7 @@ def test_a_damaged_run_is_named(tmp_path):
     (run / "options.yaml").write_text("seed: 1\n")
     (run / "metrics.jsonl").write_text(json.dumps({"epoch": 0})[:-3] + "\n")
     with pytest.raises(UserError, match="group/run: damaged"):
-        summarize.read_results(tmp_path)
+        runs.read_results(tmp_path)
 
 
 def test_a_committed_network_scores_what_the_table_says(tmp_path):
