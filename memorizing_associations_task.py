@@ -23,9 +23,9 @@ import data
 import models
 from data.loader import ahead
 from models import POPULATIONS, BackendError
-from utils import checkpoints, distributed, launch, memory, rendezvous
+from utils import checkpoints, distributed, launch, rendezvous
 from utils.distributed import print_rank0
-from utils.errors import UserError, outlive_output, warn_in_one_line
+from utils.errors import UserError, out_of_memory_in_one_line, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
 from utils.progress import Progress, epoch_line
@@ -66,7 +66,7 @@ def find_checkpoint(options: Options) -> dict | None:
     if not resume:
         return None
     if resume != "auto":
-        return checkpoints.load(resume)
+        return checkpoints.load(resume, {name: options[name] for name in options.given})
     if not options["output_dir"]:
         raise UserError("--resume auto needs to know the run: --output_dir FOLDER")
     found = checkpoints.find(Path(options["output_dir"]))
@@ -103,16 +103,11 @@ def prepare(options: Options, checkpoint: dict | None) -> tuple[models.Memorizin
     if options["seed"] is None:
         options.values["seed"] = distributed.broadcast_object(random.SystemRandom().randrange(2**31))
         print_rank0(f"seed {options['seed']}")
-    if not options["evaluate"]:
-        memory.check(backend, device, options.values, distributed.world_size() // max(options["world_size"], 1))
     torch.manual_seed(options["seed"])
-    model = models.build_model(options.values, backend)
+    with out_of_memory_in_one_line(batch_size=0):
+        model = models.build_model(options.values, backend)
     if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["state_dict"])
-        except RuntimeError as failure:
-            reasons = "; ".join(line.strip() for line in str(failure).splitlines()[1:])
-            raise UserError(f"{options['resume']}: does not fit the network ({reasons})") from failure
+        checkpoints.load_weights(model, checkpoint["state_dict"], options["resume"])
     return model.to(device), device
 
 
@@ -141,7 +136,10 @@ def train(options: Options, checkpoint: dict | None) -> int:
     optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
     position = {"epoch": options["start_epoch"], "sample": 0, "running": {}, "history": [], "best_acc": torch.tensor(0.0)}
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["optimizer"]:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        else:
+            print_rank0(f"{options['resume']} holds no state of Adam for this network: Adam starts afresh")
         position = {key: checkpoint[key] for key in position}
         print_rank0(f"resuming {options['resume']} in epoch {position['epoch'] + 1} after {position['sample']} samples")
     if distributed.is_main():
@@ -202,7 +200,8 @@ def train_epoch(network, optimizer, position, options, device, progress, interru
     batches = [(start, min(start + batch_size, samples)) for start in starts]
     for (start, stop), batch in zip(batches, training_batches(batches, epoch, options), strict=True):
         where = f"epoch {epoch + 1}, step {start // batch_size + 1}"
-        train_step(network, optimizer, batch.to(device), stop - start, epoch, options, sums, where)
+        with out_of_memory_in_one_line(options["batch_size"]):
+            train_step(network, optimizer, batch.to(device), stop - start, epoch, options, sums, where)
         progress.step(stop - start, f"epoch {epoch + 1}", lambda: sums.shown() | {"learning_rate": learning_rate})
         if stop < samples and distributed.all_reduce_max(interruption.status):
             position |= {"sample": stop, "running": sums.over_processes()}
@@ -370,7 +369,8 @@ def evaluate(model: models.MemorizingAssociations, samples: data.Samples, batch_
     size = min(batch_size, EVALUATION_BATCH)
     for first in range(0, len(samples), size)[distributed.rank() :: distributed.world_size()]:
         batch = samples[first : first + size].to(device)
-        logits = model(batch.features, batch.labels, batch.query).logits
+        with out_of_memory_in_one_line(size):
+            logits = model(batch.features, batch.labels, batch.query).logits
         correct = (logits.argmax(1) == batch.answer).sum()
         sums += torch.stack([cross_entropy(logits, batch.answer, reduction="sum").double(), correct.double()])
     loss, correct = distributed.all_reduce_sum(sums).tolist()

@@ -123,7 +123,7 @@ def one_sample(options: Options, parser: Parser, numbers: dict[str, np.ndarray])
     """The figures of --checkpoint_path by name, to be drawn when called; adds to `numbers` and prints a table."""
     if not options["checkpoint_path"]:
         return {}
-    checkpoint = checkpoints.load(options["checkpoint_path"])
+    checkpoint = checkpoints.load(options["checkpoint_path"], {name: options[name] for name in options.given})
     adopt_checkpoint(options, checkpoint, parser)
     zoom = choose_zoom(options, parser)
     trial, rates = record(options, checkpoint["state_dict"])
@@ -170,11 +170,7 @@ def choose_zoom(options: Options, parser: Parser) -> figures.Zoom:
 def record(options: Options, state_dict: Mapping[str, torch.Tensor]) -> tuple[figures.Trial, dict[str, np.ndarray]]:
     """One sample of the published test set and what the network did with it; firing rates of each population, Hz."""
     model = models.build_model(options.values, "reference")  # the plain model alone records membranes
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as failure:
-        reasons = "; ".join(line.strip() for line in str(failure).splitlines()[1:])
-        raise UserError(f"{options['checkpoint_path']}: does not fit the network ({reasons})") from failure
+    checkpoints.load_weights(model, state_dict, options["checkpoint_path"])
 
     sizes = (options["sequence_length"], options["num_classes"], options["feature_size"], options["dataset_seed"])
     example = options["example"]

@@ -20,7 +20,6 @@ TABLES = {
     "train": {o.name: o for group in TASK_GROUPS.values() for o in group},
     "plot": {o.name: o for group in plot.GROUPS.values() for o in group},
 }
-# benchmarks/faults.py asks for more.
 EXAMPLES = int(os.environ.get("OPTIONS_EXAMPLES", "40"))
 many = hypothesis.settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True, database=None

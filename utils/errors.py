@@ -1,9 +1,13 @@
 """What a person can mend: told in one line, without a traceback."""
 
+import contextlib
 import io
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+
+import torch
 
 
 class UserError(Exception):
@@ -13,6 +17,19 @@ class UserError(Exception):
 def warn_in_one_line() -> None:
     """Show warnings without the place in the source."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+
+@contextlib.contextmanager
+def out_of_memory_in_one_line(batch_size: int) -> Iterator[None]:
+    """Turn a lack of memory, on the CPU or on a GPU, into a UserError that names a smaller batch (1 or 0: smaller sizes)."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as failure:
+        on_cpu = isinstance(failure, MemoryError) or "can't allocate memory" in str(failure)
+        if not (on_cpu or isinstance(failure, torch.OutOfMemoryError)):
+            raise
+        remedy = f"try --batch_size {batch_size // 2}" if batch_size > 1 else "choose a smaller --memory_size"
+        raise UserError(f"out of memory; {remedy}") from failure
 
 
 class _Output(io.FileIO):
