@@ -143,6 +143,27 @@ def test_agrees_with_the_reference(name, small_tiles, poison):
 
 
 @runs_kernels
+@pytest.mark.parametrize("name", ["odd sizes", "hard reset", "other constants"])
+def test_float32_has_the_results_and_gradients_of_the_plain_model(name, small_tiles, poison):
+    """Every training runs in float32: the proof that a run begins with, at sizes of several tiles."""
+    results = []
+    for backend in (fused.store_and_recall, reference):
+        tensors = [x.detach().float().requires_grad_() for x in inputs(batch=1, length=2, embedding=10, memory=9)]
+        results.append(backends.outcome(backend, tensors, CASES[name]))
+    assert backends.compare(*results, 1e-2) is None
+
+
+@runs_kernels
+def test_a_current_that_is_not_a_number_reaches_the_gradients():
+    """The training stops at a gradient that is not finite; a slope of 0 would hide it."""
+    tensors = inputs(batch=1, length=1, embedding=4, memory=3)
+    with torch.no_grad():
+        tensors[3][0, 0] = float("nan")
+    _, gradients = outcome(fused.store_and_recall, tensors, quick(num_time_steps=9))
+    assert any(not gradient.isfinite().all() for gradient in gradients)
+
+
+@runs_kernels
 def test_a_single_neuron(poison):
     """Triton makes compile-time constants of integers that are 1."""
     dynamics = quick(num_time_steps=9, hebbian=dict(gamma_pos=3.0))
