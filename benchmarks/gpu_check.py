@@ -27,7 +27,7 @@ import data
 import memorizing_associations_task as task
 import models
 from models import POPULATIONS
-from models.backends.triton import SEGMENT
+from models.backends.triton.writing import SEGMENT
 from utils.options import TASK_GROUPS, Options, Parser
 
 EPOCH = 1  # the first one with the activity regularization
