@@ -6,6 +6,7 @@ python plot_memorizing_associations_task.py --metrics runs/*/metrics.jsonl --out
 """
 
 import csv
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,9 @@ from matplotlib.figure import Figure
 import data
 import models
 from models import POPULATIONS, BackendError
-from utils import checkpoints, figures, metrics
+from utils import checkpoints, figures
 from utils.errors import UserError, outlive_output, warn_in_one_line
-from utils.options import CURRICULUM, DATA, EXECUTION, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
+from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
 from utils.run import OPTIONS
 
 # Figure -> the option that names what it is drawn from.
@@ -66,7 +67,7 @@ def _two_numbers(value: Any, kind: type, wanted: str) -> tuple:
 
 
 def _published(name: str) -> Option:
-    return next(option for option in (*DATA, *EXECUTION, *RUN) if option.name == name)
+    return next(option for option in (*DATA, *RUN) if option.name == name)
 
 
 GROUPS = {
@@ -122,7 +123,7 @@ def one_sample(options: Options, parser: Parser, numbers: dict[str, np.ndarray])
     """The figures of --checkpoint_path by name, to be drawn when called; adds to `numbers` and prints a table."""
     if not options["checkpoint_path"]:
         return {}
-    checkpoint = checkpoints.load(options["checkpoint_path"])
+    checkpoint = checkpoints.load(options["checkpoint_path"], {name: options[name] for name in options.given})
     adopt_checkpoint(options, checkpoint, parser)
     zoom = choose_zoom(options, parser)
     trial, rates = record(options, checkpoint["state_dict"])
@@ -169,11 +170,7 @@ def choose_zoom(options: Options, parser: Parser) -> figures.Zoom:
 def record(options: Options, state_dict: Mapping[str, torch.Tensor]) -> tuple[figures.Trial, dict[str, np.ndarray]]:
     """One sample of the published test set and what the network did with it; firing rates of each population, Hz."""
     model = models.build_model(options.values, "reference")  # the plain model alone records membranes
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as failure:
-        reasons = "; ".join(line.strip() for line in str(failure).splitlines()[1:])
-        raise UserError(f"{options['checkpoint_path']}: does not fit the network ({reasons})") from failure
+    checkpoints.load_weights(model, state_dict, options["checkpoint_path"])
 
     sizes = (options["sequence_length"], options["num_classes"], options["feature_size"], options["dataset_seed"])
     example = options["example"]
@@ -271,12 +268,14 @@ def labels(paths: Sequence[Path], records: Sequence[Mapping[str, Any] | None]) -
 def read_metrics(path: Path, label: str, record: Mapping[str, Any] | None) -> figures.Curves:
     """A metrics file: one JSON object an epoch."""
     try:
-        lines = metrics.read_metrics(path)
+        lines = [json.loads(line) for line in read_text(path).splitlines()]
+        lines = [line | line.pop("rates") for line in lines]
         columns = {name: np.array([line[name] for line in lines], dtype=float) for name in lines[0]}
     except (ValueError, LookupError, TypeError, AttributeError) as failure:
         raise UserError(f"{path}: not the metrics file of a run that has finished an epoch") from failure
     if missing := {name for _, _, series in figures.TRAINING_PANELS for name in series} - columns.keys():
         raise UserError(f"{path}: not the metrics file of a run, it lacks {', '.join(sorted(missing))}")
+    columns["epoch"] += 1  # the first epoch is number 1 in a figure
     return figures.Curves(label, columns, num_classes=(record or {}).get("num_classes"))
 
 

@@ -2,19 +2,28 @@
 """Keep trained networks without the state of the optimizer, with a README that says how each was made.
 
 python experiments/export.py runs/sweep recipe/sequence_length10-seed1 published/sequence_length5-seed1 --output_dir pretrained
+
+Or write a checkpoint that the published program loads, with Adam's state:
+
+python experiments/export.py --published runs/quickstart/model_best.pth.tar quickstart.pth.tar
 """
 
 import argparse
+import io
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from experiments.summarize import Result, read_results, summary  # noqa: E402
 from utils import checkpoints  # noqa: E402
 from utils.errors import UserError  # noqa: E402
+from utils.options import MODEL, TASK_GROUPS  # noqa: E402
 
 HEAD = """# Trained networks
 
@@ -29,13 +38,19 @@ python memorizing_associations_task.py --resume pretrained/{example} --evaluate
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("runs", type=Path, metavar="FOLDER", help="--output_dir of a sweep")
-    parser.add_argument("names", nargs="+", metavar="GROUP/RUN", help="the runs to keep the networks of")
+    parser.add_argument("runs", type=Path, nargs="?", metavar="FOLDER", help="--output_dir of a sweep")
+    parser.add_argument("names", nargs="*", metavar="GROUP/RUN", help="the runs to keep the networks of")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, help="folder of the networks and their README")
     parser.add_argument(
-        "--output_dir", "--output-dir", type=Path, required=True, help="folder of the networks and their README"
+        "--published", nargs=2, type=Path, metavar=("CHECKPOINT", "FILE"), help="write FILE for the published program"
     )
     args = parser.parse_args(argv)
+    if not args.published and not (args.names and args.output_dir):
+        parser.error("needs FOLDER GROUP/RUN --output_dir FOLDER, or --published CHECKPOINT FILE")
     try:
+        if args.published:
+            export_published(*args.published)
+            return 0
         results = {result.name: result for result in read_results(args.runs)}
         if unknown := [name for name in args.names if name not in results]:
             raise UserError(f"{args.runs}: no run {', '.join(unknown)}; there are {', '.join(results)}")
@@ -53,8 +68,55 @@ def main(argv=None) -> int:
 
 
 def export(source: Path, target: Path) -> None:
+    checkpoints.save(target, checkpoints.load(source) | {"optimizer": None})
+
+
+# The published program's options, in its order; `distributed` is what it makes of them.
+PUBLISHED_OPTIONS = """sequence_length num_classes feature_size inf_data num_time_steps workers prefetch_factor embedding_size
+    memory_size w_max gamma_pos gamma_neg tau_trace readout_delay thr perfect_reset refractory_time_steps tau_mem
+    dampening_factor epochs batch_size learning_rate learning_rate_decay decay_learning_rate_every max_grad_norm l2 target_rate
+    start_epoch resume evaluate logging print_freq world_size rank dist_url dist_backend seed dataset_seed gpu
+    multiprocessing_distributed""".split()
+
+
+def export_published(source: Path, target: Path) -> None:
+    """Write a checkpoint of this program as one of the published program.
+
+    Raises:
+        UserError: it cannot be read or written, or has a model option that the published program does not know.
+    """
     checkpoint = checkpoints.load(source)
-    checkpoints.save(target, checkpoint | {"optimizer": checkpoint["optimizer"] | {"state": {}}})
+    file = io.BytesIO()
+    torch.save(published(checkpoint, source), file)
+    checkpoints.write_atomically(target, lambda target: target.write(file.getbuffer()))
+
+
+def published(checkpoint: dict, source: Path) -> dict:
+    """The content of a published checkpoint (format: utils/checkpoints.py)."""
+    params, table = checkpoint["params"], {option.name: option for group in TASK_GROUPS.values() for option in group}
+    own = [option for option in MODEL if option.name not in PUBLISHED_OPTIONS]
+    if unknown := [f"{o.name} {params[o.name]}" for o in own if params[o.name] != o.default]:
+        raise UserError(f"{source}: the published program has no {', '.join(unknown)}")
+    options = {name: params.get(name, table[name].default) for name in PUBLISHED_OPTIONS} | {"distributed": False}
+    options |= {"inf_data": bool(options["inf_data"]), "resume": "", "evaluate": False}
+
+    weights = list(checkpoint["state_dict"].items())
+    ones = torch.ones(params["embedding_size"], params["embedding_size"])
+    weights.insert(2, ("encoding_layer.encoding", ones))
+    # The matrix of ones counts as a parameter, but is not learned and has no state.
+    optimizer = torch.optim.Adam([weight for _, weight in weights], lr=options["learning_rate"]).state_dict()
+    if ours := checkpoint["optimizer"]:
+        optimizer["param_groups"][0] |= {"lr": ours["param_groups"][0]["lr"]}
+        optimizer["state"] = {number: ours["state"][n] for n, number in enumerate((0, 1, 3, 4, 5))}
+    return {
+        "epoch": checkpoint["epoch"],
+        "state_dict": OrderedDict(weights),
+        "best_acc": checkpoint["best_acc"].float(),
+        "optimizer": optimizer,
+        "log_dir": checkpoint["log_dir"],
+        "time_stamp": checkpoint["time_stamp"],
+        "params": argparse.Namespace(**options),
+    }
 
 
 def file_name(run: str) -> str:

@@ -2,13 +2,14 @@
 
 Processes that it starts read this file again, and so are changed in the same way. By the environment:
 
-    SMALL_TASK_FAIL   rank:batch:what - in its n-th training batch, that process is lost, or stopped, or raises an error
+    SMALL_TASK_FAIL   rank:batch:what - in its n-th training batch, that process gets a signal, or all do (Ctrl-C), or it raises
     SMALL_TASK_TRACE  a folder; each process writes there how many threads it has and which samples it trains on
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -41,11 +42,12 @@ def failing_step(network, optimizer, batch, *args):
             raise UserError("the disk is full")
         if what == "bug":
             raise ZeroDivisionError("a bug")
-        os.kill(os.getpid(), signal.Signals[what])
+        os.kill(0 if what == "Ctrl-C" else os.getpid(), signal.SIGINT if what == "Ctrl-C" else signal.Signals[what])
+        time.sleep(3 if what == "Ctrl-C" else 0)  # until it has been passed on
     if folder := os.environ.get("SMALL_TASK_TRACE"):
         with open(Path(folder) / f"rank{distributed.rank()}", "a") as file:
             print(torch.get_num_threads(), *batch.query[:, 0].tolist(), file=file)
-    return train_step(network, optimizer, batch, *args)
+    train_step(network, optimizer, batch, *args)
 
 
 data._samples, task.train_step = double_precision, failing_step

@@ -24,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 
 from models import POPULATIONS, BackendError, Dynamics, backends
 from models.backends import triton as fused
+from models.backends.triton import population as population_kernels
+from models.backends.triton import reading, writing
 from models.hebbian_memory import hebbian_read, hebbian_write
 from models.memorizing_associations import reference
 from models.neurons import LIFNeuron, population
@@ -64,9 +66,9 @@ def poison():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles a program and several programs a sample, at sizes that the interpreter can bear."""
-    monkeypatch.setattr(fused, "WRITE_TILE", 128)
-    monkeypatch.setattr(fused, "WRITE_BACKWARD_TILE", 64)
-    monkeypatch.setattr(fused, "READ_TILE", 64)
+    monkeypatch.setattr(writing, "WRITE_TILE", 128)
+    monkeypatch.setattr(writing, "WRITE_BACKWARD_TILE", 64)
+    monkeypatch.setattr(reading, "READ_TILE", 64)
 
 
 def inputs(batch, length, embedding, memory):
@@ -143,6 +145,27 @@ def test_agrees_with_the_reference(name, small_tiles, poison):
 
 
 @runs_kernels
+@pytest.mark.parametrize("name", ["odd sizes", "hard reset", "other constants"])
+def test_float32_has_the_results_and_gradients_of_the_plain_model(name, small_tiles, poison):
+    """Every training runs in float32: the proof that a run begins with, at sizes of several tiles."""
+    results = []
+    for backend in (fused.store_and_recall, reference):
+        tensors = [x.detach().float().requires_grad_() for x in inputs(batch=1, length=2, embedding=10, memory=9)]
+        results.append(backends.outcome(backend, tensors, CASES[name]))
+    assert backends.compare(*results, 1e-2) is None
+
+
+@runs_kernels
+def test_a_current_that_is_not_a_number_reaches_the_gradients():
+    """The training stops at a gradient that is not finite; a slope of 0 would hide it."""
+    tensors = inputs(batch=1, length=1, embedding=4, memory=3)
+    with torch.no_grad():
+        tensors[3][0, 0] = float("nan")
+    _, gradients = outcome(fused.store_and_recall, tensors, quick(num_time_steps=9))
+    assert any(not gradient.isfinite().all() for gradient in gradients)
+
+
+@runs_kernels
 def test_a_single_neuron(poison):
     """Triton makes compile-time constants of integers that are 1."""
     dynamics = quick(num_time_steps=9, hebbian=dict(gamma_pos=3.0))
@@ -176,7 +199,7 @@ def test_without_gradients_the_same_and_nothing_kept(small_tiles, poison):
         _, _, evaluated = fused.store_and_recall(*tensors, dynamics, record=True)
     for name, spikes in kept.items():
         assert torch.equal(evaluated[name], spikes)
-    *_, traces, membranes, checkpoints = fused._write(*fused_write_arguments(save=False))
+    *_, traces, membranes, checkpoints = writing._write(*fused_write_arguments(save=False))
     assert traces.numel() == membranes.numel() == checkpoints.numel() == 0
 
 
@@ -216,9 +239,9 @@ def test_operations_are_registered_as_torch_library_wants():
     def tensor(*shape):
         return (4 * torch.rand(shape, device=DEVICE, dtype=torch.float64)).requires_grad_()
 
-    torch.library.opcheck(fused._lif, (tensor(1, 1, 2), 2, neuron))
-    torch.library.opcheck(fused._write, fused_write_arguments(save=True))
-    torch.library.opcheck(fused._read, (tensor(1, 2, 2), tensor(1, 2, 2), tensor(2, 2), 1, neuron))
+    torch.library.opcheck(population_kernels._lif, (tensor(1, 1, 2), 2, neuron))
+    torch.library.opcheck(writing._write, fused_write_arguments(save=True))
+    torch.library.opcheck(reading._read, (tensor(1, 2, 2), tensor(1, 2, 2), tensor(2, 2), 1, neuron))
 
 
 @runs_kernels
@@ -283,8 +306,7 @@ def test_without_a_gpu_auto_takes_another_backend_and_says_why(monkeypatch):
     assert chosen != "triton" and "NVIDIA" in why_not["triton"]
     with pytest.raises(BackendError, match="no CUDA device"):
         backends.choose("triton", "cuda", Dynamics(), reference)
-    monkeypatch.setattr(fused, "kernels", None)
-    monkeypatch.setattr(fused, "IMPORT_ERROR", "No module named 'triton'", raising=False)
+    monkeypatch.setattr(fused, "IMPORT_ERROR", "No module named 'triton'")
     assert "pip install triton" in fused.unavailable("cuda")
 
 
@@ -323,7 +345,8 @@ def test_compiles_for_an_h100(batch, length, embedding, memory, steps, dtype, mo
         assert "cubin" in done.asm
         compiled[kernel.__name__] = done
 
-    monkeypatch.setattr(fused, "_launch", launch)
+    for module in (population_kernels, writing, reading):
+        monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", H100())
     shapes = (length, embedding), (length, embedding), (embedding,)

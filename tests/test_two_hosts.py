@@ -83,7 +83,7 @@ def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
         assert status == 1
         assert re.fullmatch(
             rf"error: no answer from node {other} \(rank {other}, host \S+\); the same command with --output_dir \S+ "
-            "--resume auto goes on from the last checkpoint\n",
+            "--resume auto resumes from the last checkpoint\n",
             err,
         )
     assert time.monotonic() - cut < TIMEOUT + 40

@@ -1,60 +1,112 @@
-"""Checkpoints: written whole or not at all, read without running anything they hold. The file format stands here.
+"""Checkpoints: written whole or not at all, read without executing anything they hold. The file format is described here.
 
-A checkpoint is a `torch.save` dictionary of plain values and tensors, under the keys of the published program:
+A checkpoint is a `torch.save` dictionary of plain values and tensors, under the keys of the published program. Evaluating and
+plotting need `params` and `state_dict` only:
 
-    epoch        the epoch to go on with (so many are finished)
-    sample       training samples of that epoch already used (an interruption inside an epoch), else 0
+    params       option name -> value
     state_dict   parameter name -> tensor
+    epoch        number of finished epochs, which is the epoch to resume in
+    sample       training samples of that epoch already used (an interruption inside an epoch), else 0
     best_acc     highest validation accuracy so far, percent, a tensor
     optimizer    state of Adam
-    params       option name -> value
-    history      one dictionary an epoch, the lines of the metrics file
+    history      one dictionary per epoch, the lines of the metrics file
     running      sums over the samples of the unfinished epoch
     time_stamp, log_dir
-    digest       SHA-256 over all the others; it is verified where there is one
+    digest       SHA-256 over all the others
 
-Published checkpoints lack `sample`, `history`, `running` and `digest`; their `params` is an `argparse.Namespace`, their
-parameter names may carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix of ones which is not learned.
+The digest vouches for a file of this program. Published checkpoints have none, and are converted and checked: their `params` is
+an `argparse.Namespace`, their parameter names may carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix
+of ones that is not learned. A file of weights alone, `torch.save(model.state_dict(), path)`, is read, too.
 """
 
 import argparse
 import contextlib
+import hashlib
 import io
 import os
 import pickle
-import stat
 import time
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor, nn
 
-from utils.checkpoint_contents import KEYS, checked, digest
+import models
 from utils.errors import UserError
+from utils.options import CURRICULUM, DATA, MODEL, TRAINING
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 
-_BEFORE_ZIP = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # opens the files of PyTorch before 1.6, which were no archives
+# What a checkpoint need not hold.
+_ABSENT = {"epoch": 0, "sample": 0, "best_acc": torch.tensor(0.0), "optimizer": None, "history": [], "running": {}}
+_ABSENT |= {"time_stamp": "", "log_dir": ""}
+_NOT_LEARNED = "encoding_layer.encoding"
+# PyTorch's defaults, with which this program and the published one train.
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
+_FOREIGN = "not a checkpoint of this program or of the published one"
+
+
+# A trained network, for use as a library
+
+
+def load_model(path: str | Path, backend: str = "auto", **options: Any) -> nn.Module:
+    """A trained network from a checkpoint, on the CPU.
+
+    Args:
+        backend: one of `models.BACKENDS`.
+        options: model options, for a file of weights alone, which does not hold them.
+
+    Raises:
+        UserError: no such file, damaged, or no network of this program.
+    """
+    checkpoint = load(path, options)
+    model = models.build_model(checkpoint["params"], backend)
+    load_weights(model, checkpoint["state_dict"], path)
+    return model
+
+
+def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Save a network so that `load_model`, --evaluate and the plot script take it.
+
+    Args:
+        options: those that `models.build_model` made it from; missing ones have their defaults.
+
+    Raises:
+        ValueError: an impossible option.
+        UserError: the options are not this network's, or the file cannot be written.
+    """
+    params = {option.name: option.convert(options.get(option.name, option.default)) for option in MODEL}
+    state_dict = _own_names(model.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        load_weights(models.build_model(params, "reference"), state_dict, path)
+    save(Path(path), {"params": params, "state_dict": state_dict})
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """`model.load_state_dict`. Raises UserError, naming the file, where names or shapes differ."""
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as failure:
+        reasons = "; ".join(line.strip() for line in str(failure).splitlines()[1:])
+        raise UserError(f"{path}: does not fit the network ({reasons})") from failure
 
 
 # Writing
 
 
-def save(path: Path, checkpoint: dict[str, Any]) -> None:
+def save(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Write a checkpoint so that `path` holds, at any moment, the old one or the new one, whole.
-
-    Args:
-        checkpoint: a value for every one of KEYS.
 
     Raises:
         UserError: the file cannot be written; what stood there stays.
     """
-    content = {key: checkpoint[key] for key in KEYS}
     archive = io.BytesIO()
-    torch.save(content | {"digest": digest(content)}, archive)
+    torch.save({**checkpoint, "digest": digest(checkpoint)}, archive)
     write_atomically(path, lambda file: file.write(archive.getbuffer()))
 
 
@@ -93,32 +145,55 @@ def remove_left_behind(path: Path) -> None:
 # Reading
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this program or of the published one, as described above, published ones brought to our form.
+def load(path: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a checkpoint: every key described above but the digest, published ones converted.
 
-    Nothing in the file is executed: only tensors and plain values are unpickled. What is returned has the types, the shapes (as
-    its own `params` say) and the finite numbers of a checkpoint, and is what was written.
+    `optimizer` is None where the file holds no state of Adam for this network, and what else may be absent has the value of a
+    new training. A warning names the model options that the file does not hold and that are taken as their defaults.
+
+    Nothing in the file is executed: only tensors and plain values are unpickled.
+
+    Args:
+        given: model options for a file of weights alone.
 
     Raises:
         UserError: no such file, damaged, or not such a checkpoint.
     """
-    path = Path(path)
     try:
-        return checked(_read(path))
+        content = _read(Path(path))
+        if not isinstance(content, dict):
+            raise ValueError(_FOREIGN)
+        if "digest" not in content:
+            content = _converted(content)
+        elif content.pop("digest") != digest(content):
+            raise ValueError(
+                "damaged: its contents do not have the digest they were written with; use another checkpoint (or, where they "
+                "were changed on purpose, remove the digest, too)"
+            )
+        params = content.get("params")
+        if params is None:
+            params = _params_of_weights(content["state_dict"], given or {})
+        params = _completed(params, path)
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror or failure}") from failure
     except ValueError as failure:
         raise UserError(f"{path}: {failure}") from failure
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError) as failure:
+        raise UserError(f"{path}: {_FOREIGN}") from failure
+    checkpoint = {key: content.get(key, value) for key, value in _ABSENT.items()}
+    if not (checkpoint["optimizer"] or {}).get("state"):
+        checkpoint["optimizer"] = None
+    return checkpoint | {"params": params, "state_dict": content["state_dict"]}
 
 
-def find(folder: Path, names: tuple[str, ...] = (LAST, BEST)) -> tuple[Path, dict[str, Any]] | None:
-    """The first whole checkpoint of these names in a run folder and its path, or None. What is damaged is reported.
+def find(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run folder and its path, or None where there is none. What is damaged is reported.
 
     Raises:
         UserError: there are checkpoints, and none is whole.
     """
     failures = []
-    for path in (folder / name for name in names):
+    for path in (folder / LAST, folder / BEST):
         if not path.exists():
             continue
         try:
@@ -136,20 +211,8 @@ def find(folder: Path, names: tuple[str, ...] = (LAST, BEST)) -> tuple[Path, dic
 
 def _read(path: Path) -> Any:
     """What a `torch.save` file holds. Raises OSError, or ValueError saying what is wrong with it."""
-    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
-        raise ValueError("not a file")
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if not start:
-        raise ValueError("empty")
-    if _BEFORE_ZIP in start:
-        raise ValueError("a file of PyTorch before 1.6, which nothing protects; load it there and save it with a newer PyTorch")
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise ValueError("not written by PyTorch, or damaged: its archive is compressed")
             if damaged := archive.testzip():
                 raise ValueError(f"damaged in {damaged!r}; use another checkpoint")
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -160,6 +223,116 @@ def _read(path: Path) -> Any:
         raise
     except Exception as failure:  # there is no telling what a damaged archive or pickle raises
         raise ValueError("damaged, or not a checkpoint; use another one") from failure
+
+
+# Files for which no digest vouches
+
+
+def _converted(content: dict[str, Any]) -> dict[str, Any]:
+    """A published checkpoint, one that somebody stripped, or weights alone, in our form: checked."""
+    if "state_dict" not in content and all(isinstance(value, Tensor) for value in content.values()):
+        content = {"state_dict": content}
+    state_dict = _own_names(content["state_dict"])
+    ones = state_dict.pop(_NOT_LEARNED, torch.ones(()))
+    if not (ones == 1).all():
+        raise ValueError(f"state_dict: {_NOT_LEARNED} is not a matrix of ones")
+    params, epoch, best_acc = (content.get(key) for key in ("params", "epoch", "best_acc"))
+    if not (epoch is None or (type(epoch) is int and 0 <= epoch < 10**9)):
+        raise ValueError("epoch: must be a whole number from 0")
+    best_acc = torch.as_tensor(best_acc or 0.0).double().reshape(())
+    optimizer = _adam(content.get("optimizer"), state_dict)
+    tensors = state_dict | {"best_acc": best_acc}
+    for number, moment in optimizer["state"].items() if optimizer else ():
+        # A mean square that is negative, which cannot be, has no root.
+        tensors |= {f"optimizer: {part} of parameter {number}": moment[part] for part in ("step", "exp_avg")}
+        tensors[f"optimizer: exp_avg_sq of parameter {number}"] = moment["exp_avg_sq"].sqrt()
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{', '.join(broken)}: holds a number that is not finite; use another checkpoint")
+    params = vars(params) if isinstance(params, argparse.Namespace) else params
+    return {"params": params, "state_dict": state_dict, "epoch": epoch or 0, "best_acc": best_acc, "optimizer": optimizer}
+
+
+def _own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+
+
+def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Adam's state without the matrix of ones, which counts as the third parameter in published checkpoints.
+
+    None where it is not that of an Adam with PyTorch's defaults over these weights.
+    """
+    try:
+        (group,), state = optimizer["param_groups"], optimizer["state"]
+        numbers = list(group["params"])
+        if len(numbers) == len(weights) + 1:
+            del numbers[2]
+        # PyTorch before 1.12 counted the steps in a plain number.
+        moments = {new: state[old] | {"step": torch.as_tensor(state[old]["step"]).float()} for new, old in enumerate(numbers)}
+        for moment, weight in zip(moments.values(), weights.values(), strict=True):
+            if (moment["step"].ndim, moment["exp_avg"].shape, moment["exp_avg_sq"].shape) != (0, weight.shape, weight.shape):
+                return None
+        if any(group.get(name, usual) != usual for name, usual in _ADAM.items()):
+            return None
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    return {"state": moments, "param_groups": [group | {"params": list(moments)}]}
+
+
+# Options
+
+
+def _params_of_weights(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of a network whose weights are all that is known, and the model options that are given."""
+    num_classes, memory_size = state_dict["output_layer.weight"].shape
+    embedding_size, feature_size = state_dict["input_layer.weight"].shape
+    sizes = {"num_classes": num_classes, "memory_size": memory_size}
+    sizes |= {"embedding_size": embedding_size, "feature_size": feature_size}
+    params = {option.name: given[option.name] for option in MODEL if option.name in given} | sizes
+    if isinstance(length := params.get("sequence_length"), tuple):  # those to evaluate
+        params["sequence_length"] = max(length)
+    return params
+
+
+def _completed(params: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The options that make the network, its data and its training, through the table of options."""
+    completed = {}
+    for option in (*MODEL, *DATA, *TRAINING, *CURRICULUM):
+        if option.name in params:
+            value = params[option.name]
+            try:
+                # The published `inf_data` is true or false.
+                completed[option.name] = option.convert(int(value) if option.name == "inf_data" else value)
+            except (TypeError, ValueError) as wrong:
+                raise ValueError(f"params: {option.name} {wrong}") from wrong
+    missing = {option.name: option.default for option in MODEL if option.name not in completed}
+    if missing:
+        assumed = ", ".join(f"{name} {value}" for name, value in missing.items())
+        warnings.warn(f"{path} does not hold every model option; assumed: {assumed}", stacklevel=3)
+    return missing | completed
+
+
+# The digest
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and every bit of what a checkpoint holds, as 64 hexadecimal digits."""
+    found = hashlib.sha256()
+    for part in _bytes_of(content):
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()
+
+
+def _bytes_of(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, (dict, list, tuple)):
+        yield f"{'dict' if isinstance(value, dict) else type(value).__name__} {len(value)}".encode()
+        for part in value.items() if isinstance(value, dict) else value:
+            yield from _bytes_of(part)
+    else:
+        yield f"{type(value).__name__} {value!r}".encode()
 
 
 def time_stamp() -> str:

@@ -1,22 +1,35 @@
-"""Errors the user can fix: reported in one line, without a traceback."""
+"""What a person can mend: told in one line, without a traceback."""
 
+import contextlib
 import io
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+
+import torch
 
 
 class UserError(Exception):
     """Something outside the program is wrong. The message is one line naming the file or option, and the remedy."""
 
 
-class UsageError(UserError):
-    """Options that cannot be meant."""
-
-
 def warn_in_one_line() -> None:
     """Show warnings without the place in the source."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+
+@contextlib.contextmanager
+def out_of_memory_in_one_line(batch_size: int) -> Iterator[None]:
+    """Turn a lack of memory, on the CPU or on a GPU, into a UserError that names a smaller batch (1 or 0: smaller sizes)."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as failure:
+        on_cpu = isinstance(failure, MemoryError) or "can't allocate memory" in str(failure)
+        if not (on_cpu or isinstance(failure, torch.OutOfMemoryError)):
+            raise
+        remedy = f"try --batch_size {batch_size // 2}" if batch_size > 1 else "choose a smaller --memory_size"
+        raise UserError(f"out of memory; {remedy}") from failure
 
 
 class _Output(io.FileIO):
@@ -30,14 +43,14 @@ class _Output(io.FileIO):
         except OSError as failure:
             self.lost = True
             if not isinstance(failure, BrokenPipeError):
-                warnings.warn(f"standard output cannot be written ({failure.strerror}); continuing without it", stacklevel=1)
+                warnings.warn(f"standard output cannot be written ({failure.strerror}); going on without it", stacklevel=1)
             return len(text)
 
 
 def outlive_output() -> None:
-    """Continue when standard output is lost or cannot spell a name: a training must not be lost with it."""
+    """Go on when standard output is lost: a training must not be lost with it."""
     if sys.stdout is None:  # closed from the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
     elif sys.stdout is sys.__stdout__:
         raw = _Output(sys.stdout.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, "backslashreplace", line_buffering=True)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, sys.stdout.errors, line_buffering=True)

@@ -1,12 +1,17 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 (from a batch system that is about to stop a job) end a training after the step at hand."""
+"""Signals from a terminal or a batch system that is about to stop a job end a training after the step at hand."""
 
 import signal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C, kill and `scancel`, a batch system's warnings, a closed terminal. Not every system has all of them.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class Interruption:
     """Remembers that a signal came. While it is in force the first signal only sets `signal`; a second one acts as usual.
+
+    A signal that was ignored (`nohup`) stays ignored.
 
     Args:
         patient: a second one changes nothing, either. One of several processes may get a signal twice, from a batch system and
@@ -18,7 +23,8 @@ class Interruption:
         self._patient = patient
 
     def __enter__(self) -> "Interruption":
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,11 +1,11 @@
 """The processes of a distributed training: how they start, and end together when one of them fails.
 
-Once the members have met (rendezvous.py) each node starts its processes, one a GPU; under torchrun they are there already.
+Once the nodes have met (rendezvous.py) each starts its processes, one per GPU; under torchrun they are there already.
 """
 
-import ctypes
-import math
+import logging
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -15,8 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import wait
-from signal import SIG_IGN, SIGABRT, SIGINT, SIGKILL, SIGTERM, SIGUSR1, Signals, signal
+from signal import SIG_IGN, SIGABRT, SIGINT, SIGKILL, SIGTERM, signal
 
 import torch
 import torch.distributed as dist
@@ -26,15 +25,16 @@ from tqdm import tqdm
 from models import BackendError, backends
 from utils import distributed
 from utils.errors import UserError, outlive_output, warn_in_one_line
-from utils.interruption import Interruption
+from utils.interruption import SIGNALS, Interruption
 from utils.options import Options
-from utils.rendezvous import Members, Ranks, attempt, open_store, remedy
+from utils.rendezvous import Meeting, Ranks, card, difference, open_store
 
 Job = Callable[..., int]
 
 # What each process keeps for itself; all other options are those of the first node.
 _OWN_OPTIONS = ("rank", "gpu", "device")
-_GRACE = 5.0  # seconds for the processes of a node to end by themselves after one of them failed
+_MOMENT = 2.0  # seconds that a process which lost another one waits before it ends, so that the cause is seen first
+_GRACE = 4.0  # seconds for the processes of a node to end by themselves after one of them failed
 
 
 def run(job: Job, ranks: Ranks | None, options: Options, *args) -> int:
@@ -48,16 +48,14 @@ def run(job: Job, ranks: Ranks | None, options: Options, *args) -> int:
     if ranks is None:
         return job(options, *args)
     _check_devices(ranks, options)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # PyTorch logs a lost connection with a stack of C++ calls
-    if ranks.spawns:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the processes warn
-            backends.build(options["backend"], "cuda" if _uses_gpus(options) else "cpu")
     options.values["world_size"] = ranks.nodes
-    members = Members(ranks, options)
-    if ranks.spawns:
-        return _run_children(job, members, options, args)
-    return _run_here(job, members, options, args)
+    if ranks.local_rank is not None:
+        ending = _work(job, ranks, ranks.local_rank, options, args)
+        _leave(ending.status if not ending.failed else _report(ending.cause or _lost([], options), ending.details))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the processes warn
+        backends.build(options["backend"], "cuda" if _uses_gpus(options) else "cpu")
+    return _run_children(job, Meeting(ranks, options), options, args)
 
 
 def _uses_gpus(options: Options) -> bool:
@@ -71,153 +69,140 @@ def _check_devices(ranks: Ranks, options: Options) -> None:
     if backend == "mpi" and not dist.is_mpi_available():
         raise UserError("--dist_backend mpi: this PyTorch is built without MPI; use gloo (CPUs) or nccl (GPUs)")
     if gpus and ranks.processes > gpus:
-        raise UserError(f"--processes_per_node {ranks.processes}: only {gpus} GPUs here, one a process; or use --device cpu")
-
-
-# The processes
+        raise UserError(f"--processes_per_node {ranks.processes}: only {gpus} GPUs here, one per process; or use --device cpu")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ended."""
+    """How the work of a process ended."""
 
     status: int
     failed: bool = False
-    cause: str | None = None  # of a failure: what happened in this process. None where another one is the reason
-    details: str = ""  # the traceback of an unforeseen one
-    suspect: str = ""  # the name of a process that did not end by itself after another one failed
+    cause: str = ""  # of a failure: what happened in this process; empty where another one is the reason
+    details: str = ""  # the traceback of an unforeseen failure
 
 
 def _work(job: Job, ranks: Ranks, local_rank: int, options: Options, args: tuple) -> Ending:
     """What each process does: join the others, run the job."""
-    rank = ranks.node * ranks.processes + local_rank if ranks.spawns else ranks.node
+    rank = ranks.rank(local_rank)
     try:
-        _join(ranks, rank, local_rank, options)
+        _join(ranks, local_rank, options)
         values, args = distributed.broadcast_object((options.values, args))
         options.values = values | {name: options[name] for name in _OWN_OPTIONS}
-        status = job(options, *args)
-        dist.destroy_process_group()
-        return Ending(status)
+        if not options["evaluate"]:
+            nodes = f"{ranks.nodes} nodes, " if ranks.nodes > 1 else ""
+            batch = options["batch_size"] * ranks.nodes
+            distributed.print_rank0(f"{nodes}{ranks.world_size} processes, {batch:,} samples a step")
+        return Ending(job(options, *args))
+    except KeyboardInterrupt:
+        return Ending(128 + SIGINT)
     except (UserError, BackendError) as error:
         return Ending(1, True, f"rank {rank}: {error}")
     except Exception as error:
-        if _lost(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            time.sleep(_MOMENT)
             return Ending(1, True)
         cause = f"rank {rank} failed: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        return Ending(1, True, cause + remedy(options), traceback.format_exc())
+        return Ending(1, True, cause + _remedy(options), traceback.format_exc()[-8000:])
 
 
-def _join(ranks: Ranks, rank: int, local_rank: int, options: Options) -> None:
+def _join(ranks: Ranks, local_rank: int, options: Options) -> None:
     _divide_threads(ranks)
     warn_in_one_line()
     outlive_output()
-    if rank:
+    if ranks.rank(local_rank):
         warnings.simplefilter("ignore")  # rank 0 warns
     if _uses_gpus(options):
         if ranks.processes > 1:
             options.values["gpu"] = local_rank
         torch.cuda.set_device(options["gpu"] or 0)
-    limit = timedelta(seconds=options["dist_timeout"])
     backend = "cpu:gloo,cuda:nccl" if options["dist_backend"] == "nccl" else options["dist_backend"]
-    store = dist.PrefixStore(attempt() + "group", open_store(ranks, options["dist_timeout"]))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks.world_size, timeout=limit)
+    limit = timedelta(seconds=options["dist_timeout"])
+    if ranks.local_rank is None:
+        store = dist.PrefixStore("group", open_store(ranks, options["dist_timeout"]))
+        dist.init_process_group(backend, None, limit, ranks.world_size, ranks.rank(local_rank), store)
+    else:
+        dist.init_process_group(backend, timeout=limit)
+        cards: list = [None] * ranks.world_size
+        dist.all_gather_object(cards, card(ranks, options))
+        if refusal := difference(dict(enumerate(cards[:: ranks.processes]))):
+            raise UserError(refusal)
 
 
 def _divide_threads(ranks: Ranks) -> None:
     threads = torch.get_num_threads()
-    if not ranks.spawns and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
-        threads = len(os.sched_getaffinity(0))
-    elif not ranks.spawns:
+    if ranks.local_rank is not None and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    elif ranks.local_rank is not None:
         threads *= ranks.processes
     torch.set_num_threads(max(threads // ranks.processes, 1))
 
 
-def _lost(error: Exception) -> bool:
-    """Whether another process is the reason: its connection closed, or it did not answer in time."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
-
-
-def _run_here(job: Job, members: Members, options: Options, args: tuple) -> int:
-    """Under torchrun: run the job in this process."""
-    ending = _work(job, members.ranks, members.ranks.local_rank, options, args)
-    if not ending.failed:
-        return ending.status
-    message = members.settle(ending.cause, [])
-    if ending.cause or members.ranks.local_rank == 0:
-        _tell(ending.details, message)
-    os._exit(1)  # a process group that is broken may not come to its end
-
-
-def _run_children(job: Job, members: Members, options: Options, args: tuple) -> int:
+def _run_children(job: Job, meeting: Meeting, options: Options, args: tuple) -> int:
     """Start this node's processes and wait until they end."""
-    ranks = members.ranks
+    ranks = meeting.ranks
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # PyTorch logs a lost connection with a stack of C++ calls
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)  # it tells which processes it ends
     readers, writers = zip(*(mp.get_context("spawn").Pipe(duplex=False) for _ in range(ranks.processes)), strict=True)
-    # They inherit that these are ignored: a terminal and a batch system send signals to all, and this process passes them on.
-    previous = {number: signal(number, SIG_IGN) for number in (SIGINT, SIGUSR1)}
-    try:
-        children = mp.spawn(_child, (job, ranks, options, args, writers), ranks.processes, join=False).processes
-        with Interruption() as interruption:
-            endings = _wait(children, readers, ranks, options, interruption)
-    finally:
-        for number, handler in previous.items():
+    with Interruption() as interruption:
+        # A terminal and a batch system send signals to all; the processes ignore them, and this one passes them on as SIGTERM.
+        handlers = {number: signal(number, SIG_IGN) for number in SIGNALS if number != SIGTERM}
+        children = mp.spawn(_child, (job, ranks, options, args, writers), ranks.processes, join=False)
+        for number, handler in handlers.items():
             signal(number, handler)
-    failed = [ending for ending in endings if ending.failed]
-    if not failed or (interruption.signal and not any(ending.cause for ending in failed)):
-        status = max(ending.status for ending in endings)
+        dead, passed_on = None, False
+        try:
+            while not children.join(timeout=0.2, grace_period=_GRACE):
+                if interruption.signal and not passed_on:
+                    passed_on = True
+                    for process in children.processes:
+                        process.terminate()
+        except mp.ProcessExitedException as exited:
+            dead = exited
+    endings = {n: reader.recv() for n, reader in enumerate(readers) if reader.poll()}
+    if dead is None or (interruption.signal and not any(ending.cause for ending in endings.values())):
+        status = max((ending.status for ending in endings.values()), default=1)
         return interruption.status if status and interruption.signal else status
-    first = next((ending for ending in failed if ending.cause), failed[0])
-    message = members.settle(first.cause, [ending.suspect for ending in failed if ending.suspect])
-    _tell(first.details, message)
-    return 1
+    first = endings.get(dead.error_index)
+    if first is None and not (options["dist_backend"] == "nccl" and dead.exit_code == -SIGABRT):  # so NCCL gives up
+        how = f"was killed by {dead.signal_name}" if dead.signal_name else f"ended with status {dead.exit_code}"
+        where = f"rank {ranks.rank(dead.error_index)} (process {dead.error_pid} on {socket.gethostname()})"
+        first = Ending(1, True, f"{where} {how}{_remedy(options)}")
+    first = next((ending for ending in (first, *endings.values()) if ending and ending.cause), Ending(1, True))
+    cause, silent = meeting.find_cause(first.cause)
+    silent = silent or [f"rank {ranks.rank(n)}" for n, child in enumerate(children.processes) if child.exitcode == -SIGKILL]
+    return _report(cause or _lost(silent, options), first.details)
 
 
 def _child(local_rank: int, job: Job, ranks: Ranks, options: Options, args: tuple, writers) -> None:
-    ctypes.CDLL(None).prctl(1, SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive its parent
+    mp._prctl_pr_set_pdeathsig(SIGKILL)  # it does not outlive its parent (on Linux; no effect elsewhere)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves behind
     ending = _work(job, ranks, local_rank, options, args)
     writers[local_rank].send(ending)
+    _leave(1 if ending.failed else 0)
+
+
+def _leave(status: int) -> None:
+    """End this process at once: a broken process group may not come to its end, and PyTorch's threads may abort in that of the
+    interpreter."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # A process group that is broken may not come to its end, and PyTorch's threads may abort at that of the interpreter.
-    os._exit(ending.status)
+    os._exit(status)
 
 
-def _wait(children, readers, ranks: Ranks, options: Options, interruption: Interruption) -> list[Ending]:
-    """How the processes ended, in that order. Where one failed the others have a short time to end, too."""
-    endings: dict[int, Ending] = {}
-    stopping, limit = False, math.inf
-    while len(endings) < len(children):
-        living = {child.sentinel: n for n, child in enumerate(children) if n not in endings}
-        for sentinel in wait(living, timeout=0.2):
-            n = living.pop(sentinel)
-            children[n].join()
-            endings[n] = _ending(children[n], readers[n], ranks, n, options, interruption)
-        if interruption.signal and not stopping:
-            stopping = True
-            for n in living.values():
-                children[n].terminate()
-        if limit == math.inf and any(ending.failed for ending in endings.values()):
-            limit = time.monotonic() + _GRACE
-        if time.monotonic() > limit:
-            for n in living.values():
-                children[n].kill()
-                children[n].join()
-                endings[n] = Ending(1, True, suspect=f"rank {ranks.node * ranks.processes + n}")
-    return list(endings.values())
-
-
-def _ending(child, reader, ranks: Ranks, local_rank: int, options: Options, interruption: Interruption) -> Ending:
-    if reader.poll():
-        return reader.recv()
-    if child.exitcode == -SIGTERM and interruption.signal:
-        return Ending(interruption.status)  # before the training began
-    rank = ranks.node * ranks.processes + local_rank
-    how = f"was killed by {Signals(-child.exitcode).name}" if child.exitcode < 0 else f"ended with status {child.exitcode}"
-    if options["dist_backend"] == "nccl" and child.exitcode == -SIGABRT:
-        return Ending(1, True)  # so NCCL ends a process when another one does not answer
-    return Ending(1, True, f"rank {rank} (process {child.pid} on {socket.gethostname()}) {how}{remedy(options)}")
-
-
-def _tell(details: str, message: str) -> None:
+def _report(message: str, details: str) -> int:
     sys.stdout.flush()
     print(details, f"error: {message}", sep="", file=sys.stderr, flush=True)
+    return 1
+
+
+def _lost(silent: list[str], options: Options) -> str:
+    who = f"no answer from {' and '.join(silent)}" if silent else "the connection to another process is lost"
+    return who + _remedy(options)
+
+
+def _remedy(options: Options) -> str:
+    if options["evaluate"]:
+        return ""
+    folder = shlex.quote(str(options["output_dir"]))
+    return f"; the same command with --output_dir {folder} --resume auto resumes from the last checkpoint"

@@ -1,0 +1,358 @@
+"""Checkpoints: written in an order that no crash can spoil, read only where they are whole, and whoever wrote them."""
+
+import argparse
+import io
+import os
+import random
+import stat
+import warnings
+import zipfile
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+
+import data
+import memorizing_associations_task as task
+import models
+import plot_memorizing_associations_task as plot
+from experiments import export
+from utils import checkpoints
+from utils.errors import UserError
+from utils.options import MODEL
+
+PUBLISHED = golden.FOLDER / "published_format_checkpoint.pth.tar"
+# What the published file says of its network and is not the default.
+ITS_OPTIONS = {"sequence_length": 2, "num_time_steps": 40}
+
+
+def published() -> dict:
+    return torch.load(PUBLISHED, weights_only=False)
+
+
+def words(options: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    """The published network and its Adam in a file of this program."""
+    path = tmp_path_factory.mktemp("ours") / "ours.pth.tar"
+    past = {"history": [{"epoch": 0, "train_loss": 1.2}, {"epoch": 1, "train_loss": 1.1}], "running": {}, "sample": 0}
+    checkpoints.save(path, checkpoints.load(PUBLISHED) | past)
+    return path
+
+
+# Writing
+
+
+def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    """No kill shows this order, only a crash of the machine does."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        status = os.fstat(descriptor)
+        calls.append(("fsync", "folder" if stat.S_ISDIR(status.st_mode) else status.st_size))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        calls.append(("replace", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    checkpoints.save(tmp_path / "a.pth.tar", {"epoch": 1, "weights": torch.zeros(100)})
+    size = (tmp_path / "a.pth.tar").stat().st_size
+    assert calls == [("fsync", size), ("replace", "a.pth.tar"), ("fsync", "folder")]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"file: cannot be written \(No space left on device\); make room"):
+        checkpoints.write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# Damage
+
+
+def cut(content: bytearray, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def flip_a_bit(content: bytearray, rng: random.Random) -> bytes:
+    """Anywhere, in the archive's directory, or in one of its headers."""
+    headers = [i for i in range(len(content)) if content[i : i + 4] == b"PK\3\4"]
+    directory = range(content.index(b"PK\1\2"), len(content))
+    place = rng.choice([rng.randrange(len(content)), rng.choice(directory), rng.choice(headers) + rng.randrange(60)])
+    content[place] ^= 1 << rng.randrange(8)
+    return content
+
+
+def overwrite_a_block(content: bytearray, rng: random.Random) -> bytes:
+    start = rng.randrange(len(content))
+    content[start : start + 512] = rng.choice([bytes(512), rng.randbytes(512)])
+    return content
+
+
+def swap_records(content: bytearray, rng: random.Random) -> bytes:
+    """Exchange two moments of Adam of one shape, under checksums that are right again. Only the digest can tell."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    size = rng.choice([640, 192, 5120, 2880, 240])
+    one, other = rng.sample([name for name, record in records.items() if "/data/" in name and len(record) == size], 2)
+    records[one], records[other] = records[other], records[one]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("times", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_damaged_files_are_refused_or_hold_what_was_written(times, kind, ours, tmp_path):
+    path = ours if kind == "ours" else PUBLISHED
+    rng, copy = random.Random(1), tmp_path / "damaged.pth.tar"
+    original, known = path.read_bytes(), checkpoints.digest(checkpoints.load(path))
+    damages = [cut, flip_a_bit, overwrite_a_block] + ([swap_records] if kind == "ours" else [])
+    refused = 0
+    for number in range(times):
+        copy.write_bytes(damages[number % len(damages)](bytearray(original), rng))
+        try:
+            assert checkpoints.digest(checkpoints.load(copy)) == known, f"damage {number} was loaded"
+        except UserError as refusal:
+            assert str(refusal).startswith(f"{copy}: ") and len(str(refusal).splitlines()) == 1
+            refused += 1
+    assert refused > times / 2
+
+
+def changed(content: dict, *path_and_value) -> dict:
+    """With what stands under a path of keys replaced; a callable gets the old value, None removes it."""
+    *path, last, value = path_and_value
+    part = content
+    for key in path:
+        part = vars(part[key]) if isinstance(part[key], argparse.Namespace) else part[key]
+    part[last] = value(part[last]) if callable(value) else value
+    if value is None:
+        del part[last]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        ("writing_layer.W: .*not finite", ("state_dict", "writing_layer.W", lambda w: w * float("nan"))),
+        ("does not fit the network .*reading_layer.W", ("state_dict", "reading_layer.W", lambda w: w[1:])),
+        ("does not fit the network .*input_layer.weight", ("state_dict", "input_layer.weight", None)),
+        ("not a matrix of ones", ("state_dict", "encoding_layer.encoding", lambda w: w + 1)),
+        ("not a checkpoint", ("state_dict", list)),
+        ("epoch: must be a whole number", ("epoch", "3")),
+        ("best_acc: .*not finite", ("best_acc", torch.tensor(float("nan")))),
+        ("exp_avg of parameter 0: .*not finite", ("optimizer", "state", 0, "exp_avg", lambda m: m / 0)),
+        ("exp_avg_sq of parameter 1: .*not finite", ("optimizer", "state", 1, "exp_avg_sq", lambda m: m - 1)),
+        ("params: memory_size must be a whole number", ("params", "memory_size", "many")),
+        ("params: thr must be finite", ("params", "thr", float("nan"))),
+        ("does not fit the network .*writing_layer.W", ("params", "memory_size", 21)),
+    ],
+    ids=range(12),
+)
+def test_damaged_fields_are_named(message, path, tmp_path):
+    torch.save(changed(published(), *path), tmp_path / "changed.pth.tar")
+    with pytest.raises(UserError, match=rf"changed\.pth\.tar: .*{message}") as refusal:
+        checkpoints.load_model(tmp_path / "changed.pth.tar", "reference")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("state_dict", "writing_layer.W", lambda w: w.flip(0)),
+        ("params", "thr", 0.2),
+        ("history", 0, "train_loss", 1.1999999),
+        ("digest", "0" * 64),
+    ],
+    ids=range(4),
+)
+def test_what_only_the_digest_can_tell_is_refused(path, ours, tmp_path):
+    torch.save(changed(torch.load(ours), *path), tmp_path / "changed.pth.tar")
+    with pytest.raises(UserError, match=r"changed\.pth\.tar: damaged: its contents do not have the digest"):
+        checkpoints.load(tmp_path / "changed.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "damaged, or not a checkpoint"),
+        (b"memory_size: 100\n", "damaged, or not a checkpoint"),
+        (torch.zeros(3), "not a checkpoint"),
+        ([1, 2], "not a checkpoint"),
+        ({"epoch": 3, "model": {}, "state_dict": {}}, "not a checkpoint"),
+        ({"conv.weight": torch.zeros(3)}, "not a checkpoint"),
+    ],
+    ids=range(7),
+)
+def test_what_is_no_checkpoint_is_refused(content, message, tmp_path):
+    path = tmp_path / "file.pth.tar"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=rf"file\.pth\.tar: {message}"):
+        checkpoints.load(path)
+
+
+# Files that lack something
+
+
+def with_optimizer(optimizer) -> dict:
+    content = published()
+    weights = [weight.clone().requires_grad_() for weight in content["state_dict"].values()]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    adapted = optimizer(weights)
+    adapted.step()
+    return content | {"optimizer": adapted.state_dict()}
+
+
+NO_ADAM = {
+    "stripped": lambda: {key: published()[key] for key in ("params", "state_dict")},
+    "emptied": lambda: published() | {"optimizer": {"state": {}, "param_groups": []}},
+    "none": lambda: published() | {"optimizer": None},
+    "SGD": lambda: with_optimizer(lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9)),
+    "AdamW": lambda: with_optimizer(torch.optim.AdamW),
+    "of other shapes": lambda: changed(published(), "optimizer", "state", 0, "exp_avg", lambda m: m[1:]),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ADAM)
+def test_networks_without_adam_are_read_all_the_same(kind, tmp_path):
+    torch.save(NO_ADAM[kind](), tmp_path / "network.pth.tar")
+    checkpoint = checkpoints.load(tmp_path / "network.pth.tar")
+    assert checkpoint["optimizer"] is None
+    assert checkpoints.load(PUBLISHED)["optimizer"] is not None
+    assert checkpoint["epoch"] == (0 if kind == "stripped" else 2)
+
+
+def test_adam_of_old_pytorch_counts_its_steps_in_plain_numbers(tmp_path):
+    content = published()
+    for moment in content["optimizer"]["state"].values():
+        moment["step"] = int(moment["step"])
+    torch.save(content, tmp_path / "old.pth.tar")
+    assert checkpoints.digest(checkpoints.load(tmp_path / "old.pth.tar")) == checkpoints.digest(checkpoints.load(PUBLISHED))
+
+
+def test_a_stripped_network_evaluates_is_drawn_and_trains_on(tmp_path, capsys, monkeypatch):
+    path = str(tmp_path / "stripped.pth.tar")
+    torch.save(NO_ADAM["stripped"](), path)
+    assert task.main(["--resume", path, "--evaluate", "--device", "cpu"]) == 0
+    assert " * Acc 34.0" in capsys.readouterr().out
+    assert plot.main(["--checkpoint_path", path, "--figure", "memory", "--output", str(tmp_path / "memory.png")]) == 0
+    assert (tmp_path / "memory.png").exists()
+
+    monkeypatch.setattr(data, "TRAINING_SAMPLES", 100)
+    monkeypatch.setitem(data.EVALUATION_SAMPLES, "validation", 50)
+    assert task.main(["--resume", path, "--epochs", "1", "--output_dir", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert f"{path} holds no state of Adam for this network: Adam starts afresh" in capsys.readouterr().out
+    optimizer = checkpoints.load(tmp_path / "run" / checkpoints.LAST)["optimizer"]
+    assert {moment["step"].item() for moment in optimizer["state"].values()} == {1}
+
+
+def test_weights_alone_evaluate_with_the_options_of_the_command_line(tmp_path, capsys):
+    path = tmp_path / "weights.pt"
+    torch.save({f"module.{name}": weight for name, weight in published()["state_dict"].items()}, path)
+    with pytest.warns(
+        UserWarning, match=r"weights\.pt does not hold every model option; assumed: w_max 1\.0, .*thr 0\.1"
+    ) as said:
+        assert task.main(["--resume", str(path), "--evaluate", "--device", "cpu", *words(ITS_OPTIONS)]) == 0
+    assert " * Acc 34.0" in capsys.readouterr().out
+    # What is given, and the sizes, which the shapes tell, are not assumed.
+    assert not any(name in str(said[0].message) for name in (*ITS_OPTIONS, "memory_size", "num_classes"))
+
+
+def test_weights_alone_of_another_size_than_given(tmp_path, capsys):
+    torch.save(published()["state_dict"], tmp_path / "weights.pt")
+    with pytest.raises(SystemExit), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        task.main(["--resume", str(tmp_path / "weights.pt"), "--evaluate", "--memory_size", "30"])
+    assert "memory_size 30 (checkpoint: 20)" in capsys.readouterr().err
+
+
+def test_a_model_option_that_came_later_has_its_default(tmp_path):
+    torch.save(changed(published(), "params", "tau_trace", None), tmp_path / "earlier.pth.tar")
+    with pytest.warns(UserWarning, match=r"earlier\.pth\.tar does not hold every model option; assumed: tau_trace 20\.0"):
+        checkpoint = checkpoints.load(tmp_path / "earlier.pth.tar")
+    assert checkpoint["params"] == checkpoints.load(PUBLISHED)["params"]
+
+
+# Use as a library
+
+
+def test_a_network_is_saved_loaded_and_evaluated(tmp_path, capsys):
+    path = tmp_path / "mine.pth.tar"
+    options = {**ITS_OPTIONS, "num_classes": 3, "embedding_size": 16, "memory_size": 20}
+    model = models.build_model(options)
+    model.load_state_dict(checkpoints.load(PUBLISHED)["state_dict"])
+    checkpoints.save_model(path, model, options)
+    assert task.main(["--resume", str(path), "--evaluate", "--device", "cpu"]) == 0
+    assert " * Acc 34.0" in capsys.readouterr().out
+
+    loaded = checkpoints.load_model(path, "reference")
+    inputs = torch.rand(4, 2, 10), torch.tensor([[0, 1]] * 4), torch.rand(4, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs).logits, checkpoints.load_model(PUBLISHED, "reference")(*inputs).logits)
+
+
+def test_a_network_is_not_saved_with_options_of_another(tmp_path):
+    model = models.build_model({"memory_size": 20})
+    with pytest.raises(UserError, match="does not fit the network"):
+        checkpoints.save_model(tmp_path / "mine.pth.tar", model, {"memory_size": 21})
+    with pytest.raises(ValueError, match="greater than 0"):
+        checkpoints.save_model(tmp_path / "mine.pth.tar", model, {"memory_size": 20, "thr": -1.0})
+    assert not list(tmp_path.iterdir())
+
+
+# For the published program
+
+
+def types(value):
+    """Keys, shapes and types of a nest of dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape)
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace, {name: type(option) for name, option in vars(value).items()}
+    if isinstance(value, dict):
+        return type(value), {key: types(part) for key, part in value.items()}
+    return [types(part) for part in value] if isinstance(value, list) else type(value)
+
+
+def test_a_published_checkpoint_comes_back_as_it_was(ours, tmp_path):
+    path = tmp_path / "published.pth.tar"
+    assert export.main(["--published", str(ours), str(path)]) == 0
+    written, original = torch.load(path, weights_only=False), published()
+    assert types(written) == types(original)
+    assert list(vars(written["params"])) == list(vars(original["params"]))
+    assert list(written["state_dict"]) == list(original["state_dict"])
+    assert checkpoints.digest(written["state_dict"]) == checkpoints.digest(original["state_dict"])
+    assert checkpoints.digest(written["optimizer"]) == checkpoints.digest(original["optimizer"])
+    assert [vars(written["params"])[option.name] for option in MODEL if option.name in export.PUBLISHED_OPTIONS] == [
+        vars(original["params"])[option.name] for option in MODEL if option.name in export.PUBLISHED_OPTIONS
+    ]
+
+
+def test_networks_without_adam_are_written_for_the_published_program(tmp_path):
+    checkpoints.save_model(tmp_path / "mine.pth.tar", models.build_model({}), {})
+    assert export.main(["--published", str(tmp_path / "mine.pth.tar"), str(tmp_path / "published.pth.tar")]) == 0
+    written = torch.load(tmp_path / "published.pth.tar", weights_only=False)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(weight) for weight in written["state_dict"].values()])
+    optimizer.load_state_dict(written["optimizer"])  # as the published program does
+    assert types(written["params"])[1].keys() == types(published()["params"])[1].keys()
