@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from models.layers import EmbeddingLayer, InputLayer, xavier_uniform
-from models.memorizing_associations import Output
-from models.plasticity import HebbianRule, hebbian_update
+from models.hebbian_memory import XAVIER_GAIN
+from models.memorizing_associations import EmbeddingLayer, Output
+from models.plasticity import HebbianRule
 
 
 class _Weights(nn.Module):
@@ -18,7 +18,7 @@ class _Weights(nn.Module):
 
     def __init__(self, rows: int, columns: int):
         super().__init__()
-        self.W = xavier_uniform(rows, columns)
+        self.W = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rows, columns), gain=XAVIER_GAIN))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.W.T
@@ -31,9 +31,6 @@ class HMem(nn.Module):
         rule: "hebbian", the published rule of plasticity.py, or "sum": add the outer product of value and key.
         rectified: whether keys and values are rectified.
     """
-
-    populations = ()
-    defaults = {"learning_rate": 0.001}
 
     def __init__(
         self,
@@ -48,9 +45,10 @@ class HMem(nn.Module):
         rectified: bool = True,
     ):
         super().__init__()
-        self.constants = HebbianRule(w_max, gamma_pos, gamma_neg)
+        self.update = HebbianRule(w_max, gamma_pos, gamma_neg).update
         self.rule, self.activation = rule, relu if rectified else nn.Identity()
-        self.input_layer = InputLayer(feature_size, embedding_size)
+        self.input_layer = nn.Linear(feature_size, embedding_size, bias=False)
+        nn.init.xavier_uniform_(self.input_layer.weight, gain=XAVIER_GAIN)
         self.embedding_layer = EmbeddingLayer(num_classes, embedding_size)
         self.writing_layer = _Weights(2 * memory_size, 2 * embedding_size)
         self.reading_layer = _Weights(memory_size, embedding_size)
@@ -58,7 +56,8 @@ class HMem(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, query: Tensor, record: bool = False) -> Output:
         """As `MemorizingAssociations.forward`; there are no rates."""
-        vectors, names, asked = relu(self.input_layer(features)), relu(self.embedding_layer(labels)), relu(self.input_layer(query))
+        vectors, asked = relu(self.input_layer(features)), relu(self.input_layer(query))
+        names = relu(self.embedding_layer(labels))
         keys, values = self.activation(self.writing_layer(torch.cat([vectors, names], -1))).chunk(2, -1)
         memory = self.store(keys, values)
         read_key = self.activation(self.reading_layer(asked))
@@ -75,5 +74,5 @@ class HMem(nn.Module):
             return values.mT @ keys
         memory = keys.new_zeros(len(keys), values.shape[-1], keys.shape[-1])
         for key, value in zip(keys.unbind(1), values.unbind(1), strict=True):
-            memory = hebbian_update(memory, value, key, self.constants)
+            memory = self.update(memory, value, key)
         return memory

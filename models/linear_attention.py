@@ -14,9 +14,6 @@ from models.memorizing_associations import Output
 class LinearAttention(nn.Module):
     """Embedding -> key and value of each pair -> memory, read with the query's key -> linear output."""
 
-    populations = ()
-    defaults = {"learning_rate": 0.001}
-
     def __init__(self, num_classes: int = 10, feature_size: int = 10, embedding_size: int = 128, memory_size: int = 128):
         super().__init__()
         self.input_layer = nn.Linear(feature_size, embedding_size)

@@ -13,9 +13,6 @@ from models.memorizing_associations import Output
 class LSTM(nn.Module):
     """Embedding -> one layer of LSTM cells -> linear output of the last hidden state."""
 
-    populations = ()
-    defaults = {"learning_rate": 0.001}
-
     def __init__(self, num_classes: int = 10, feature_size: int = 10, embedding_size: int = 32, memory_size: int = 96):
         super().__init__()
         self.input_layer = nn.Linear(feature_size, embedding_size)

@@ -19,9 +19,6 @@ class Transformer(nn.Module):
         positions: add sinusoidal positions to the pairs. Without them the pairs are a set, in no order.
     """
 
-    populations = ()
-    defaults = {"learning_rate": 0.001}
-
     def __init__(self, num_classes: int = 10, feature_size: int = 10, embedding_size: int = 56, positions: bool = False):
         super().__init__()
         self.positions = positions
@@ -30,9 +27,7 @@ class Transformer(nn.Module):
         layer = nn.TransformerEncoderLayer(
             embedding_size, nhead=4, dim_feedforward=2 * embedding_size, dropout=0.0, batch_first=True, norm_first=True
         )
-        self.encoder = nn.TransformerEncoder(
-            layer, num_layers=2, norm=nn.LayerNorm(embedding_size), enable_nested_tensor=False
-        )
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2, norm=nn.LayerNorm(embedding_size), enable_nested_tensor=False)
         self.output_layer = nn.Linear(embedding_size, num_classes)
 
     def forward(self, features: Tensor, labels: Tensor, query: Tensor, record: bool = False) -> Output:
