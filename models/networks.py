@@ -1,6 +1,6 @@
 """The networks by name, what options each has, and `build_model`, which makes one of a mapping of options.
 
-A network is a module with `forward(features, labels, query, record=False) -> Output`; where it has no spikes, the rates are empty.
+A network is a module with `forward(features, labels, query, record=False) -> Output`; without spikes its rates are empty.
 The arguments of its class are its options, under their names on the command line; a dataclass among them stands for its fields.
 """
 
