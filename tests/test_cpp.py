@@ -1,9 +1,5 @@
 """The fused CPU kernels against the reference: any sizes, any options, any number of threads."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -149,40 +145,3 @@ def test_registered_operations_pass_opcheck(record):
     options = {"length": 2, "batch": 2, "num_classes": 4, "feature_size": 3, "embedding_size": 5, "memory_size": 6}
     model, inputs = operands(options | {"num_time_steps": 10}, torch.float64)
     torch.library.opcheck(cpp._forward, (*inputs, cpp._constants(model.dynamics), record))
-
-
-def test_it_runs_on_a_cpu_only():
-    assert cpp.unavailable("cpu") is None
-    assert "CPU" in cpp.unavailable("cuda")
-
-
-# Compilation
-
-
-def start(cache, **environment):
-    code = "from models.backends import cpp; print(cpp.unavailable('cpu'))"
-    variables = os.environ | {cpp.CACHE_VARIABLE: str(cache)} | environment
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def test_processes_that_start_at_once_compile_once(tmp_path):
-    outputs = [process.communicate(timeout=300) for process in [start(tmp_path) for _ in range(3)]]
-    assert [out.strip() for out, _ in outputs] == ["None"] * 3
-    assert sum("compiling" in err for _, err in outputs) == 1
-
-
-def test_a_killed_compilation_leaves_nothing_in_the_way(tmp_path):
-    with start(tmp_path) as process:
-        assert "compiling" in process.stderr.readline()
-        process.kill()
-    assert not list(tmp_path.glob("*/store_and_recall.so"))
-    out, err = start(tmp_path).communicate(timeout=300)
-    assert out.strip() == "None"
-    assert "compiling" in err
-
-
-def test_a_compiler_that_fails_is_named_as_the_reason(tmp_path):
-    assert "cannot be compiled" in start(tmp_path, CXX="false").communicate(timeout=60)[0]
-    assert "no C++ compiler found" in start(tmp_path, CXX="no-such-compiler").communicate(timeout=60)[0]

@@ -1,141 +1,51 @@
-"""Fused CPU kernels: `store_and_recall.cpp`, compiled on first use and registered with `torch.library`."""
+"""Fused CPU kernels: `store_and_recall.cpp`, compiled on first use (`build.py`) and registered with `torch.library`."""
 
 import ctypes
-import fcntl
-import functools
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from models.backends import BackendError
+from models.backends.cpp.build import BuildError, Options, Tensors, library
 from models.dynamics import POPULATIONS, Dynamics
 
-SOURCE = Path(__file__).with_name("store_and_recall.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-fno-tree-loop-distribute-patterns")
-CACHE_VARIABLE = "MEMORIZING_ASSOCIATIONS_CACHE"
-INTEGERS = (
-    "batch",
-    "pairs",
-    "embedding",
-    "memory",
-    "num_time_steps",
-    "readout_delay",
-    "readout_steps",
-    "refractory_time_steps",
-    "perfect_reset",
-    "threads",
-)
-CONSTANTS = ("memory_feedback", "thr", "alpha", "dampening_factor", "w_max", "gamma_pos", "gamma_neg", "beta")
-TENSORS = (
-    "features",
-    "labels",
-    "query",
-    "write_weight",
-    "read_weight",
-    "readout",
-    "counts",
-    "spikes",
-    "memory",
-    "value_order",
-    "grad_readout",
-    "grad_counts",
-    "grad_features",
-    "grad_labels",
-    "grad_query",
-    "grad_write_weight",
-    "grad_read_weight",
-)
-
-
-class Options(ctypes.Structure):
-    """`struct Options` of the source."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in INTEGERS] + [(name, ctypes.c_double) for name in CONSTANTS]
-
-
-class Tensors(ctypes.Structure):
-    """`struct Tensors` of the source."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in TENSORS]
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels: from the cache, or compiled now, by one process at a time.
-
-    Raises:
-        subprocess.CalledProcessError: the compiler fails; its message is in `stderr`.
-        OSError: the cache cannot be written, or the library not be loaded.
-    """
-    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "memorizing_associations")
-    what = repr((FLAGS, os.environ.get("CXX", "g++"), torch.__version__, _processor()))
-    key = hashlib.sha256(SOURCE.read_bytes() + what.encode()).hexdigest()[:16]
-    path = cache / key / "store_and_recall.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when a process dies, too
-            if not path.exists():
-                _compile(path)
-    return ctypes.CDLL(str(path))
-
-
-def _compile(path: Path) -> None:
-    print("compiling the CPU kernels, once for this machine (some seconds) ...", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        command = [os.environ.get("CXX", "g++"), *FLAGS, str(SOURCE), "-o", str(built)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        built.replace(path)  # at once: no other process sees half a file
-
-
-def _processor() -> str:
-    """What the code is compiled for: of a home folder shared by machines, each has its own."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return repr(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+SIZES = ("batch", "pairs", "embedding", "memory", "threads")
+KINDS = dict(Options._fields_)
+CONSTANTS = [name for name in KINDS if name not in SIZES]
+TENSORS = [name for name, _ in Tensors._fields_]
 
 
 def unavailable(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"its kernels run on a CPU, not on {device_type}"
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "no C++ compiler found; install g++ or set CXX"
+    if os.name == "nt":
+        return "its kernels need Linux or macOS; on Windows use WSL2"
     try:
         library()
-    except subprocess.CalledProcessError as failure:
-        reason = next((line for line in failure.stderr.splitlines() if "error" in line), f"status {failure.returncode}")
-        return f"its kernels cannot be compiled ({reason.strip()}); set CXX to another C++17 compiler"
-    except OSError as failure:
-        return f"its kernels cannot be kept or loaded ({failure}); set {CACHE_VARIABLE} to a folder that can be written to"
+    except BuildError as failure:
+        return str(failure)
     return None
 
 
 def _constants(dynamics: Dynamics) -> list[float]:
     values = asdict(dynamics) | asdict(dynamics.neuron) | asdict(dynamics.rule)
     values |= {"alpha": dynamics.neuron.alpha, "beta": dynamics.rule.beta}
-    return [float(values[name]) for name in (*INTEGERS[4:-1], *CONSTANTS)]
+    return [float(values[name]) for name in CONSTANTS]
 
 
 def _call(name: str, constants: list[float], tensors: dict[str, Tensor]) -> None:
     batch, pairs, embedding = tensors["features"].shape
-    integers = [int(x) for x in constants[:5]]
-    memory = tensors["read_weight"].shape[0]
-    options = Options(batch, pairs, embedding, memory, *integers, torch.get_num_threads(), *constants[5:])
+    sizes = (batch, pairs, embedding, tensors["read_weight"].shape[0], torch.get_num_threads())
+    values = dict(zip(SIZES, sizes, strict=True)) | dict(zip(CONSTANTS, constants, strict=True))
+    options = Options(**{k: int(v) if KINDS[k] is ctypes.c_int64 else v for k, v in values.items()})
     pointers = Tensors(**{k: t.data_ptr() for k, t in tensors.items() if t.numel()})
     dtype = str(tensors["features"].dtype).removeprefix("torch.")
     if getattr(library(), f"{name}_{dtype}")(ctypes.byref(options), ctypes.byref(pointers)):
-        raise MemoryError("out of memory in the cpp kernels")
+        raise BackendError(
+            f"out of memory in the cpp kernels with {batch} samples and {sizes[-1]} threads; use a smaller --batch_size"
+        )
 
 
 def _counts_size(features: Tensor, read_weight: Tensor) -> int:

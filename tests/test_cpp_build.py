@@ -1,0 +1,181 @@
+"""Compiling and keeping the CPU kernels, whatever the compiler, the cache and the other processes do.
+
+Most tests use a compiler of their own, which hands out the library that this session's tests run on.
+"""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from models.backends.cpp import build
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Makes CXX a script that does `instead` with the kernels' source, by default hands out a library; returns its log."""
+    built, log = build.library()._name, tmp_path / "log"
+
+    def install(instead=f'cp {built} "$out"', path=tmp_path / "fake compiler"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"""#!/bin/sh
+for word; do out=$word; done
+case "$*" in *store_and_recall.cpp*) echo "$0" >> "{log}"; {instead};; esac
+""")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", f"'{path}' -m64")
+        return log
+
+    return install
+
+
+def library():
+    return build.library.__wrapped__()
+
+
+def start(**environment):
+    """In a process of its own, and without PyTorch."""
+    command = [sys.executable, "-c", "import build; build.library()"]
+    variables = os.environ | {"PYTHONPATH": str(build.FOLDER)} | environment
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_processes_that_start_at_once_compile_once(cache, compiler):
+    log = compiler(f'sleep 1; cp {build.library()._name} "$out"')
+    errors = [process.communicate(timeout=60)[1] for process in [start() for _ in range(3)]]
+    assert log.read_text().count("\n") == 1
+    assert sorted(error.split(" ")[0] for error in errors) == ["compiling", "waiting", "waiting"]
+
+
+def test_a_killed_compilation_leaves_nothing(cache, compiler, tmp_path):
+    hang = tmp_path / "hang"
+    hang.touch()
+    log = compiler(f'if [ -e {hang} ]; then sleep 60; fi; cp {build.library()._name} "$out"')
+    process = start()
+    while not log.exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert list(cache.glob("*/build-*"))
+    hang.unlink()
+    library()
+    assert log.read_text().count("\n") == 2
+    assert not list(cache.glob("*/build-*"))
+
+
+def test_a_stopped_compilation_is_waited_for_a_while(cache, compiler, monkeypatch, capsys):
+    log = compiler()
+    path = Path(library()._name)
+    path.unlink()
+    monkeypatch.setattr(build, "WAIT", 0.3)
+    with open(path.parent / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        began = time.monotonic()
+        library()
+    assert 0.3 <= time.monotonic() - began < 20
+    assert "waiting for another process" in capsys.readouterr().err
+    assert log.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("damage", [lambda p: os.truncate(p, 5000), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x")])
+def test_a_damaged_library_is_compiled_again(cache, compiler, damage):
+    log = compiler()
+    path = Path(library()._name)
+    path.chmod(0o755)
+    replaced = path.read_bytes()
+    path.unlink()  # this process has it mapped
+    path.write_bytes(replaced)
+    damage(path)
+    assert Path(library()._name) == path
+    assert path.read_bytes() == replaced
+    assert log.read_text().count("\n") == 2
+
+
+def test_what_others_can_write_is_not_loaded(cache, compiler, monkeypatch):
+    compiler()
+    path = Path(library()._name)
+    for place in (path, path.parent, cache):
+        place.chmod(0o777)
+        with pytest.raises(build.BuildError, match=f"others can write to {place}; chmod go-w it"):
+            library()
+        place.chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    if path.stat().st_uid:
+        with pytest.raises(build.BuildError, match="belongs to another user"):
+            library()
+
+
+def test_without_a_home(compiler, monkeypatch, tmp_path):
+    def no_name():
+        raise RuntimeError("Could not determine home directory.")
+
+    compiler()
+    monkeypatch.delenv(build.CACHE_VARIABLE, raising=False)
+    monkeypatch.setattr(Path, "home", no_name)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert Path(library()._name).is_relative_to(tmp_path / f"memorizing_associations-{os.getuid()}")
+
+
+def test_the_first_compiler_that_compiles_is_taken(cache, compiler, monkeypatch, tmp_path):
+    bin = tmp_path / "bin"
+    compiler("echo warning; printf 'source.cpp:1: error: a \\351 is unknown\\n' >&2; exit 1", bin / "c++")
+    log = compiler(path=bin / "g++")
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    for unset in ("", " "):
+        monkeypatch.setenv("CXX", unset)
+        library()
+    assert log.read_text() == f"{bin}/c++\n{bin}/g++\n"
+    monkeypatch.setenv("CXX", "c++")
+    with pytest.raises(build.BuildError, match=r"compiled \(c\+\+: source.cpp:1: error: a \ufffd is unknown\); set CXX"):
+        library()
+
+
+@pytest.mark.parametrize(
+    ("instead", "message"),
+    [
+        ("kill -9 $$", r"compiled \(.*: signal 9\)"),
+        ("exit 3", r"compiled \(.*: status 3\)"),
+        ("echo 'ld: final link failed: No space left on device' >&2; exit 1", "cannot be written .*no space left"),
+        ('echo nonsense > "$out"', "cannot be loaded .*file too short"),
+    ],
+)
+def test_causes_are_told_apart(cache, compiler, instead, message):
+    compiler(instead)
+    with pytest.raises(build.BuildError, match=message) as caught:
+        library()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_compiler(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such -O3")
+    with pytest.raises(build.BuildError, match="CXX is set to 'no-such -O3', and 'no-such' is no program"):
+        library()
+    monkeypatch.setenv("CXX", "'")
+    with pytest.raises(build.BuildError, match="CXX is no command of a shell"):
+        library()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler found"):
+        library()
+
+
+def test_a_cache_that_is_a_file(tmp_path, compiler, monkeypatch):
+    compiler()
+    monkeypatch.setenv(build.CACHE_VARIABLE, "/dev/null/cache")
+    with pytest.raises(build.BuildError, match=r"no folder for the compiled kernels .*Not a directory"):
+        library()
