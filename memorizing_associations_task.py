@@ -5,12 +5,13 @@ python memorizing_associations_task.py --config configs/quickstart.yaml --output
 python memorizing_associations_task.py --resume runs/quickstart/model_best.pth.tar --evaluate
 """
 
-import csv
-import io
 import math
 import random
+import shlex
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
-from data.loader import ahead
-from models import POPULATIONS, BackendError
+from data.loader import prefetch
+from models import BackendError
 from utils import checkpoints, distributed, launch, rendezvous
+from utils.device import choose_device
 from utils.distributed import print_rank0
-from utils.errors import UserError, out_of_memory_in_one_line, outlive_output, warn_in_one_line
+from utils.errors import UsageError, UserError, out_of_memory_in_one_line, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
-from utils.options import CURRICULUM, MODEL, SEQUENCE_LENGTH, TASK_GROUPS, TRAINING, Options, Parser
-from utils.progress import Progress, epoch_line
-from utils.run import Run
+from utils.metrics import EpochMetrics, TensorBoard, write_table
+from utils.options import CURRICULUM, MODEL, RECORDED, TASK_GROUPS, Options, Parser
+from utils.progress import Progress, epoch_line, report_silence, report_start
+from utils.run import Run, find_checkpoint, find_folder, table_path
 
 
 def main(argv=None) -> int:
@@ -41,189 +44,200 @@ def main(argv=None) -> int:
         ranks = rendezvous.find_ranks(options)
         leads = ranks is None or ranks.leads  # other nodes get the options and the checkpoint from the first
         checkpoint = find_checkpoint(options) if leads else None
-        if checkpoint:
-            adopt_checkpoint(options, checkpoint, parser)
         if error := options.combination_error():
-            parser.error(error)
+            raise UsageError(error)
         if options["print_options"]:
             print(options.to_yaml(), end="")
             return 0
-        if not options["evaluate"]:
-            options.values["output_dir"] = run_folder(options, checkpoint)
-        return launch.run(evaluate_checkpoint if options["evaluate"] else train, ranks, options, checkpoint)
-    except rendezvous.RanksError as error:
+        if options["evaluate"]:
+            return launch.run(evaluate_checkpoint, ranks, options, checkpoint)
+        with find_folder(options, checkpoint) as folder:
+            options.values["output_dir"] = str(folder)
+            return launch.run(train, ranks, options, checkpoint)
+    except (UsageError, rendezvous.RanksError) as error:
         parser.error(str(error))
     except (UserError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def find_checkpoint(options: Options) -> dict | None:
-    """The checkpoint that --resume names, or None for a new run."""
-    resume = options["resume"]
-    if options["evaluate"] and not resume:
-        raise UserError("--evaluate needs a checkpoint: --resume PATH")
-    if not resume:
-        return None
-    if resume != "auto":
-        return checkpoints.load(resume, {name: options[name] for name in options.given})
-    if not options["output_dir"]:
-        raise UserError("--resume auto needs to know the run: --output_dir FOLDER")
-    found = checkpoints.find(Path(options["output_dir"]))
-    if found:
-        options.values["resume"] = str(found[0])
-        return found[1]
-    if options["evaluate"]:
-        raise UserError(f"--resume auto: no checkpoint in --output_dir {options['output_dir']}")
-    return None
-
-
-def adopt_checkpoint(options: Options, checkpoint: dict, parser: Parser) -> None:
-    """Take what is not given from the checkpoint; model options that are given must be the checkpoint's."""
-    params = checkpoint["params"]
-    options.adopt(params, (*MODEL, *data_and_training(options)))
-    must_agree = [o for o in MODEL if not (options["evaluate"] and o is SEQUENCE_LENGTH)]
-    differing = options.differences(params, must_agree)
-    if differing and options["check_params"]:
-        parser.error(f"{options['resume']}: model options differ: {', '.join(differing)}; --check_params 0 overrides")
-
-
-def data_and_training(options: Options):
-    return [o for o in (*options.groups["data"], *TRAINING, *CURRICULUM) if o.name != "start_epoch"]
-
-
 def prepare(options: Options, checkpoint: dict | None) -> tuple[models.MemorizingAssociations, torch.device]:
-    """The network, with initial weights or the checkpoint's, on its device."""
+    """The network, with initial weights or the checkpoint's, on its device. `options` get what really runs."""
     device = choose_device(options)
-    with torch.device("meta"):
-        sketch = models.build_model(options.values, options["backend"])
-    backend, why_not = sketch.prepare_backend(device.type)
-    faster = "".join(f" ({name}: {reason})" for name, reason in why_not.items())
-    print_rank0(f"backend {backend} on {device}{faster}")
-    if options["seed"] is None:
-        options.values["seed"] = distributed.broadcast_object(random.SystemRandom().randrange(2**31))
-        print_rank0(f"seed {options['seed']}")
-    torch.manual_seed(options["seed"])
+    if checkpoint is None:
+        if options["seed"] is None:
+            options.values["seed"] = distributed.broadcast_object(random.SystemRandom().randrange(2**31))
+        torch.manual_seed(options["seed"])
     with out_of_memory_in_one_line(batch_size=0):
-        model = models.build_model(options.values, backend)
+        model = models.build_model(options.values, options["backend"])
+    try:
+        backend, why_not = model.prepare_backend(device.type)
+    except BackendError as error:
+        if distributed.broadcast_object("backend" in options.given):
+            raise
+        print_rank0(f"the checkpoint's run used another backend: {error}")
+        model.backend = "auto"
+        backend, why_not = model.prepare_backend(device.type)
+    gpu_is_idle = device.type == "cpu" and torch.cuda.is_available()
+    reasons = [f" ({name}: {why})" for name, why in why_not.items() if name != "triton" or device.type == "cuda" or gpu_is_idle]
+    print_rank0(f"backend {backend} on {device}{''.join(reasons)}")
+    options.values |= {"backend": backend, "device": device.type}
     if checkpoint:
         checkpoints.load_weights(model, checkpoint["state_dict"], options["resume"])
     return model.to(device), device
 
 
-def choose_device(options: Options) -> torch.device:
-    name = f"cuda:{options['gpu']}" if options["gpu"] is not None else options["device"]
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device
-
-
 # Training
+
+
+@dataclass
+class TrainState:
+    """Where a training stands, beside its weights and the moments of Adam."""
+
+    epoch: int = 0  # the epoch to train next, counted from 0
+    sample: int = 0  # training samples of it that are done
+    running: dict[str, float] = field(default_factory=dict)  # sums over those
+    history: list[dict[str, Any]] = field(default_factory=list)  # the metrics of the epochs before it
+    best_acc: float = 0.0  # highest validation accuracy, percent
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"best_acc": torch.tensor(self.best_acc, dtype=torch.float64)}
+
+    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        self.epoch, self.sample, self.running = checkpoint["epoch"], checkpoint["sample"], checkpoint["running"]
+        self.history, self.best_acc = list(checkpoint["history"]), checkpoint["best_acc"].item()
+
+    def finish_epoch(self, metrics: dict[str, Any]) -> bool:
+        """Go to the next epoch. Returns whether this one is the best so far."""
+        is_best = metrics["validation_accuracy"] > self.best_acc or (not self.history and self.best_acc == 0)
+        self.best_acc = metrics["validation_accuracy"] if is_best else self.best_acc
+        self.history.append(metrics)
+        self.epoch, self.sample, self.running = self.epoch + 1, 0, {}
+        return is_best
 
 
 def train(options: Options, checkpoint: dict | None) -> int:
     """Train to the last epoch, or until a signal comes. Returns the exit status."""
-    run = open_run(options, checkpoint)
+    state = TrainState(epoch=options["start_epoch"])
+    epochs, samples = options["epochs"], data.TRAINING_SAMPLES
+    if checkpoint:
+        state.load_state_dict(checkpoint)
+        if state.epoch >= epochs:
+            print_rank0(f"{options['resume']}: all {epochs} epochs are done; --epochs N trains on, --evaluate tests it")
+            return 0
     model, device = prepare(options, checkpoint)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
-    position = {"epoch": options["start_epoch"], "sample": 0, "running": {}, "history": [], "best_acc": torch.tensor(0.0)}
     if checkpoint:
         if checkpoint["optimizer"]:
             optimizer.load_state_dict(checkpoint["optimizer"])
         else:
             print_rank0(f"{options['resume']} holds no state of Adam for this network: Adam starts afresh")
-        position = {key: checkpoint[key] for key in position}
-        print_rank0(f"resuming {options['resume']} in epoch {position['epoch'] + 1} after {position['sample']} samples")
-    if distributed.is_main():
-        run.create(options)
-        run.write_metrics(position["history"])
+    tensorboard = TensorBoard(options["logging"])
+    run = Run(Path(options["output_dir"]))
 
     def save(is_best: bool = False) -> None:
-        state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "params": options.values}
+        content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "params": options.of(RECORDED)}
+        content |= state.state_dict() | {"time_stamp": checkpoints.time_stamp(), "log_dir": str(run.folder)}
         if distributed.is_main():
-            run.save(position | state | {"time_stamp": checkpoints.time_stamp(), "log_dir": str(run.folder)}, is_best)
+            run.save(content, is_best)
+
+    if distributed.is_main():
+        resumed = Path(options["resume"]) if checkpoint else None
+        run.lock()
+        run.check_may_write(resumed, (state.epoch, state.sample))
+        save()  # from here on --resume auto continues; and this shows at once whether the folder can be written to
+        run.record(options, resumed, report_start(options, state, model, checkpoint, samples))
+        tensorboard.start(run.folder / "tensorboard", state.history)
 
     network = DistributedDataParallel(model) if distributed.world_size() > 1 else model
-    validation = evaluation_set("validation", options, options["sequence_length"])
-    epochs, samples = options["epochs"], data.TRAINING_SAMPLES
-    progress = Progress(epochs * samples, position["epoch"] * samples + position["sample"], options["print_freq"])
-    log = tensorboard(run, options)
-    if not checkpoint:
-        save()  # tells at once whether the folder can be written to, and keeps the initial weights
+    validation = data.evaluation_set("validation", **data.sizes(options))
+    progress = Progress(epochs * samples, state.epoch * samples + state.sample, options["print_freq"])
     with Interruption(patient=distributed.world_size() > 1) as interruption:
-        while position["epoch"] < epochs:
-            metrics = train_epoch(network, optimizer, position, options, device, progress, interruption)
-            if metrics is not None:
-                loss, accuracy = evaluate(model, validation, options["batch_size"], device)
-                if not math.isfinite(loss):
-                    raise not_finite(f"epoch {position['epoch'] + 1}", "validation loss")
-                metrics |= {"validation_loss": loss, "validation_accuracy": accuracy}
-                is_best = not position["history"] or accuracy > position["best_acc"].item()
-                position["best_acc"] = torch.tensor(accuracy, dtype=torch.float64) if is_best else position["best_acc"]
-                position |= {"epoch": position["epoch"] + 1, "sample": 0, "running": {}}
-                position["history"] = [*position["history"], metrics]
-                report_epoch(metrics, options, progress, log)
-            else:
-                is_best = False
+        while state.epoch < epochs:
+            metrics, is_best = train_epoch(network, optimizer, state, options, device, progress, interruption), False
+            if metrics:  # the epoch is complete
+                start = time.perf_counter()
+                loss, accuracy = evaluate(model, validation, options, device)
+                seconds = metrics["seconds"] + time.perf_counter() - start
+                metrics |= {"validation_loss": loss, "validation_accuracy": accuracy, "seconds": seconds}
+                is_best = state.finish_epoch(metrics)
+                progress.epoch(epoch_line(metrics, epochs))
+                report_silence(state.history, options, models.SILENT_BELOW)
+                tensorboard.write(metrics)
             save(is_best)
             status = distributed.all_reduce_max(interruption.status)
-            if status and position["epoch"] < epochs:
+            if status and state.epoch < epochs:
                 progress.close()
-                where = f"in epoch {position['epoch'] + 1} after {position['sample']} of {samples} samples"
-                print_rank0(f"interrupted {where}; --resume {run.folder / checkpoints.LAST} goes on")
+                where = f"in epoch {state.epoch + 1} after {state.sample} of {samples} samples"
+                print_rank0(f"interrupted {where}; --resume {shlex.quote(str(run.folder / checkpoints.LAST))} continues")
                 return status
     progress.close()
-    print_rank0(
-        f"best validation accuracy {position['best_acc']:.3f} %; --resume {run.folder / checkpoints.BEST} --evaluate tests it"
-    )
+    best = run.folder / checkpoints.BEST
+    tested = f"; --resume {shlex.quote(str(best))} --evaluate tests it" if best.exists() else f", before {options['resume']}"
+    print_rank0(f"best validation accuracy {state.best_acc:.3f} %{tested}")
     return 0
 
 
-def train_epoch(network, optimizer, position, options, device, progress, interruption) -> dict | None:
-    """Train from `position` to the end of its epoch. Returns the means over the epoch, or None if a signal came before its end:
-    then `position` says where."""
-    epoch, samples = position["epoch"], data.TRAINING_SAMPLES
+def train_epoch(network, optimizer, state: TrainState, options, device, progress, interruption) -> dict[str, Any] | None:
+    """Train from `state` to the end of its epoch. Returns the means over the epoch, or None if a signal came before its end:
+    then `state` says where."""
+    epoch, samples = state.epoch, data.TRAINING_SAMPLES
     learning_rate = options["learning_rate"] * options["learning_rate_decay"] ** (epoch // options["decay_learning_rate_every"])
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    sums = Sums(device, position["running"])
-    batch_size = options["batch_size"] * max(options["world_size"], 1)
-    starts = range(position["sample"], samples, batch_size)
-    batches = [(start, min(start + batch_size, samples)) for start in starts]
-    for (start, stop), batch in zip(batches, training_batches(batches, epoch, options), strict=True):
+    metrics = EpochMetrics(device, state.running)
+    batch_size = options.step_size
+    ranges = [(start, min(start + batch_size, samples)) for start in range(state.sample, samples, batch_size)]
+    for (start, stop), batch in zip(ranges, training_batches(ranges, epoch, options), strict=True):
         where = f"epoch {epoch + 1}, step {start // batch_size + 1}"
         with out_of_memory_in_one_line(options["batch_size"]):
-            train_step(network, optimizer, batch.to(device), stop - start, epoch, options, sums, where)
-        progress.step(stop - start, f"epoch {epoch + 1}", lambda: sums.shown() | {"learning_rate": learning_rate})
+            sums = train_step(network, optimizer, batch.to(device), stop - start, epoch, options, where)
+        metrics.add(len(batch), sums)
+        progress.step(stop - start, f"epoch {epoch + 1}", samples - stop, metrics.shown)
         if stop < samples and distributed.all_reduce_max(interruption.status):
-            position |= {"sample": stop, "running": sums.over_processes()}
+            state.sample, state.running = stop, metrics.totals()
             return None
-    return {"epoch": epoch, "learning_rate": learning_rate, **sums.means()}
+    rates = metrics.means()
+    loss, accuracy, regularization, seconds = (rates.pop(name) for name in ("loss", "accuracy", "regularization", "seconds"))
+    return {
+        "epoch": epoch,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "train_loss": loss,
+        "train_accuracy": 100 * accuracy,
+        "rate_regularization": regularization,  # Hz^2
+        "rates": rates,  # Hz
+        "seconds": seconds,
+    }
+
+
+def training_batches(ranges: list[tuple[int, int]], epoch: int, options: Options) -> Iterator[data.Samples]:
+    """This process's shard of each batch, which is given as a range of the samples of the epoch."""
+    draw = data.training_samples if options["inf_data"] else data.fixed_training_samples
+
+    def make(start: int, stop: int) -> data.Samples:
+        length = data.training_length(start, epoch, **options.of(CURRICULUM, "sequence_length", "dataset_seed"))
+        return draw(*distributed.shard(start, stop), epoch, **data.sizes(options, sequence_length=length))
+
+    return prefetch(make, ranges, options["workers"], options["prefetch_factor"])
 
 
 def train_step(
-    network, optimizer, batch: data.Samples, batch_size: int, epoch: int, options: Options, sums: "Sums", where: str
-) -> None:
-    """One step on this process's part `batch` of a global batch of `batch_size` samples.
+    network, optimizer, batch: data.Samples, batch_size: int, epoch: int, options: Options, where: str
+) -> dict[str, Tensor]:
+    """One step on this process's shard `batch` of a batch of `batch_size` samples. Returns sums over the shard's samples.
 
     Raises:
         UserError: on every process, the step not applied, where the loss or the gradient of one is not finite.
     """
     output = network(batch.features, batch.labels, batch.query)
     cross_entropy_sum = cross_entropy(output.logits, batch.answer, reduction="sum")
+    loss = cross_entropy_sum / batch_size
     mean_rates = distributed.batch_mean(output.rates, batch_size)
     regularization = models.rate_regularization(mean_rates, options["target_rate"])
-    loss = cross_entropy_sum / batch_size
     if epoch > 0:
         loss = loss + options["l2"] * regularization
+
     optimizer.zero_grad()
     (loss * distributed.world_size()).backward()  # DistributedDataParallel takes the mean over the processes
     gradients = {name.removeprefix("module."): weight.grad for name, weight in network.named_parameters()}
@@ -232,121 +246,14 @@ def train_step(
     if distributed.all_reduce_sum((~torch.isfinite(loss + norm)).float()) > 0:
         tensors = {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in gradients.items()}
         broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        raise not_finite(where, ", ".join(broken) or "norm of the gradient, or a tensor of another process")
+        raise not_finite(where, ", ".join(broken) or "norm of the gradient, or a tensor of another process", options)
     if options["max_grad_norm"] > 0:
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), options["max_grad_norm"], norm)
     optimizer.step()
-    sums.add(output, batch.answer, cross_entropy_sum, regularization)
 
-
-def not_finite(where: str, what: str) -> UserError:
-    return UserError(
-        f"{where}: not finite: {what}; the step was not applied and the last checkpoint stays; --resume it with a lower "
-        "--learning_rate or --max_grad_norm"
-    )
-
-
-class Sums:
-    """Sums over the samples of an epoch, kept on the device so that no step waits for them."""
-
-    NAMES = ("samples", "loss", "accuracy", "regularization", *POPULATIONS)
-
-    def __init__(self, device: torch.device, start: dict[str, float] | None = None):
-        if start and start.keys() != set(self.NAMES):
-            raise UserError("the checkpoint's sums over its unfinished epoch are not those of this program; use another one")
-        values = [start[name] if start and distributed.is_main() else 0.0 for name in self.NAMES]
-        self.values = torch.tensor(values, dtype=torch.float64, device=device)
-
-    def add(self, output: models.Output, answer: Tensor, cross_entropy_sum: Tensor, regularization: Tensor) -> None:
-        size = len(answer)
-        correct = (output.logits.argmax(1) == answer).sum()
-        rates = [output.rates[name].mean(1).sum() for name in POPULATIONS]
-        terms = [torch.tensor(size, device=answer.device), cross_entropy_sum, correct, regularization * size, *rates]
-        self.values += torch.stack([term.detach().double() for term in terms])
-
-    def over_processes(self) -> dict[str, float]:
-        return dict(zip(self.NAMES, distributed.all_reduce_sum(self.values).tolist(), strict=True))
-
-    def means(self) -> dict[str, Any]:
-        """Means over the epoch: loss, accuracy in percent, R in Hz^2, firing rates in Hz."""
-        sums = self.over_processes()
-        mean = {name: sums[name] / sums["samples"] for name in self.NAMES}
-        return {
-            "train_loss": mean["loss"],
-            "train_accuracy": 100 * mean["accuracy"],
-            "rate_regularization": mean["regularization"],
-            "rates": {name: mean[name] for name in POPULATIONS},
-        }
-
-    def shown(self) -> dict[str, float]:
-        samples, loss, correct = self.values[:3].tolist()
-        samples = max(samples, 1)  # this process's part of the first batch may be empty
-        return {"loss": loss / samples, "accuracy": 100 * correct / samples}
-
-
-def training_batches(batches: list[tuple[int, int]], epoch: int, options: Options) -> Iterator[data.Samples]:
-    """This process's part of each batch, given as a range of the samples of the epoch."""
-    order = None if options["inf_data"] else data.training_order(epoch, options["dataset_seed"])
-
-    def make(start: int, stop: int) -> data.Samples:
-        length = data.training_length(start, epoch, **options.of(CURRICULUM, "sequence_length", "dataset_seed"))
-        sizes = (length, options["num_classes"], options["feature_size"], options["dataset_seed"])
-        part = slice(*distributed.shard(start, stop))
-        if order is None:
-            return data.training_samples(part.start, part.stop, epoch, *sizes)
-        return data.training_samples(0, data.TRAINING_SAMPLES, 0, *sizes)[order[part]]
-
-    return ahead(make, batches, options["workers"], options["prefetch_factor"])
-
-
-def report_epoch(metrics: dict, options: Options, progress: Progress, log) -> None:
-    progress.epoch(epoch_line(metrics, options["epochs"]))
-    for name, rate in metrics["rates"].items():
-        if rate < models.SILENT_BELOW:
-            print_rank0(
-                f"warning: {name} is silent (mean rate {rate:.2g} Hz in epoch {metrics['epoch'] + 1}), so little is "
-                "learned through it; if this lasts, start again with another --seed, or with short sequences first "
-                "(--curriculum_start 2)"
-            )
-    if log:
-        write_tensorboard(log, metrics)
-
-
-def run_folder(options: Options, checkpoint: dict | None) -> str:
-    """The folder of the run: --output_dir, or that of the checkpoint to go on with, or a new one."""
-    folder = options["output_dir"]
-    if not folder and checkpoint and Path(options["resume"]).with_name("options.yaml").exists():
-        folder = str(Path(options["resume"]).parent)
-    return folder or f"runs/{checkpoints.time_stamp()}"
-
-
-def open_run(options: Options, checkpoint: dict | None) -> Run:
-    run = Run(Path(options["output_dir"]))
-    if distributed.is_main():
-        run.lock()
-        if checkpoint:
-            run.check_may_write(Path(options["resume"]), (checkpoint["epoch"], checkpoint["sample"]))
-        else:
-            run.check_may_write(None, (0, 0))
-    return run
-
-
-def tensorboard(run: Run, options: Options):
-    if not options["logging"] or not distributed.is_main():
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--logging needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter(run.folder / "tensorboard")
-
-
-def write_tensorboard(log, metrics: dict) -> None:
-    scalars = {name: value for name, value in metrics.items() if name not in ("epoch", "rates")}
-    scalars |= {f"rate/{name}": rate for name, rate in metrics["rates"].items()}
-    for name, value in scalars.items():
-        log.add_scalar(name, value, metrics["epoch"])
-    log.flush()
+    correct = (output.logits.argmax(1) == batch.answer).sum()
+    sums = {"loss": cross_entropy_sum, "accuracy": correct, "regularization": regularization * len(batch)}
+    return sums | {name: rates.mean(1).sum() for name, rates in output.rates.items()}
 
 
 # Evaluation
@@ -354,19 +261,18 @@ def write_tensorboard(log, metrics: dict) -> None:
 EVALUATION_BATCH = 125  # small enough that there is one for each of 8 processes
 
 
-def evaluation_set(split: str, options: Options, length: int) -> data.Samples:
-    return data.evaluation_set(split, length, options["num_classes"], options["feature_size"], options["dataset_seed"])
-
-
 @torch.no_grad()
-def evaluate(model: models.MemorizingAssociations, samples: data.Samples, batch_size: int, device) -> tuple[float, float]:
+def evaluate(model, samples: data.Samples, options: Options, device: torch.device) -> tuple[float, float]:
     """Mean cross entropy and accuracy in percent, each process on its part.
 
     The parts are made of the batches that one process takes: the rounding of a matrix product depends on the size of the batch,
     and may flip a spike.
+
+    Raises:
+        UserError: the loss or the memory is not finite.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    size = min(batch_size, EVALUATION_BATCH)
+    size = min(options["batch_size"], EVALUATION_BATCH)
     for first in range(0, len(samples), size)[distributed.rank() :: distributed.world_size()]:
         batch = samples[first : first + size].to(device)
         with out_of_memory_in_one_line(size):
@@ -374,36 +280,41 @@ def evaluate(model: models.MemorizingAssociations, samples: data.Samples, batch_
         correct = (logits.argmax(1) == batch.answer).sum()
         sums += torch.stack([cross_entropy(logits, batch.answer, reduction="sum").double(), correct.double()])
     loss, correct = distributed.all_reduce_sum(sums).tolist()
+    few = samples[:4].to(device)  # a memory that diverges silences the neurons that read it, and the loss stays finite
+    memory = (model(few.features, few.labels, few.query, record=True).activity or {}).get("memory", few.features)
+    if not (math.isfinite(loss) and torch.isfinite(memory).all()):
+        raise not_finite("evaluation", "the memory" if math.isfinite(loss) else "the loss", options)
     return loss / len(samples), 100 * correct / len(samples)
 
 
 def evaluate_checkpoint(options: Options, checkpoint: dict) -> int:
     """Test on the published test set, at one sequence length or several."""
     model, device = prepare(options, checkpoint)
-    lengths, trained_length = options.all_lengths, checkpoint["params"]["sequence_length"]
     rows = []
-    for length in lengths:
-        samples = evaluation_set("test", options, length)
-        loss, accuracy = evaluate(model, samples, options["batch_size"], device)
+    for length in options.all_lengths:
+        samples = data.evaluation_set("test", **data.sizes(options, sequence_length=length))
+        loss, accuracy = evaluate(model, samples, options, device)
         rows.append({"sequence_length": length, "accuracy": accuracy, "loss": loss})
         print_rank0(f"sequence_length {length:3d}  loss {loss:.4f}  accuracy {accuracy:7.3f} %")
-    if len(lengths) > 1 or options["output_dir"]:
-        constants = {"trained_length": trained_length, "num_classes": options["num_classes"], "samples": len(samples)}
-        constants |= {"dataset_seed": options["dataset_seed"], "checkpoint": options["resume"]}
-        write_csv(Path(options["output_dir"] or Path(options["resume"]).parent), [row | constants for row in rows])
-    print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
+    constants = {"trained_length": checkpoint["params"]["sequence_length"], "num_classes": options["num_classes"]}
+    constants |= {"samples": len(samples), "dataset_seed": options["dataset_seed"], "checkpoint": options["resume"]}
+    try:
+        if distributed.is_main() and (len(rows) > 1 or options["output_dir"]):
+            write_table(table_path(options), [row | constants for row in rows])
+    except UserError as failure:
+        if options["output_dir"]:
+            raise
+        print_rank0(f"warning: {failure}")
+    finally:  # the result is printed even where the table cannot be written
+        print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
     return 0
 
 
-def write_csv(folder: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    path = folder / "accuracy_by_length.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    print_rank0(f"table written to {path}")
+def not_finite(where: str, what: str, options: Options) -> UserError:
+    changed = [f"--{o.name} {options[o.name]}" for o in MODEL if o.kind is float and options[o.name] != o.default]
+    constants = f"values of {', '.join(changed)} nearer to the defaults, or " if changed else ""
+    return UserError(f"{where}: not finite: {what}; the last checkpoint stays. Try {constants}a lower --learning_rate or "
+                     "--max_grad_norm")  # fmt: skip
 
 
 if __name__ == "__main__":

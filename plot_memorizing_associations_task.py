@@ -6,7 +6,6 @@ python plot_memorizing_associations_task.py --metrics runs/*/metrics.jsonl --out
 """
 
 import csv
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +19,9 @@ from matplotlib.figure import Figure
 import data
 import models
 from models import POPULATIONS, BackendError
-from utils import checkpoints, figures
+from utils import checkpoints, figures, metrics
 from utils.errors import UserError, outlive_output, warn_in_one_line
-from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
+from utils.options import CURRICULUM, DATA, EXECUTION, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
 from utils.run import OPTIONS
 
 # Figure -> the option that names what it is drawn from.
@@ -67,7 +66,7 @@ def _two_numbers(value: Any, kind: type, wanted: str) -> tuple:
 
 
 def _published(name: str) -> Option:
-    return next(option for option in (*DATA, *RUN) if option.name == name)
+    return next(option for option in (*DATA, *EXECUTION, *RUN) if option.name == name)
 
 
 GROUPS = {
@@ -268,14 +267,12 @@ def labels(paths: Sequence[Path], records: Sequence[Mapping[str, Any] | None]) -
 def read_metrics(path: Path, label: str, record: Mapping[str, Any] | None) -> figures.Curves:
     """A metrics file: one JSON object an epoch."""
     try:
-        lines = [json.loads(line) for line in read_text(path).splitlines()]
-        lines = [line | line.pop("rates") for line in lines]
+        lines = metrics.read_metrics(path)
         columns = {name: np.array([line[name] for line in lines], dtype=float) for name in lines[0]}
     except (ValueError, LookupError, TypeError, AttributeError) as failure:
         raise UserError(f"{path}: not the metrics file of a run that has finished an epoch") from failure
     if missing := {name for _, _, series in figures.TRAINING_PANELS for name in series} - columns.keys():
         raise UserError(f"{path}: not the metrics file of a run, it lacks {', '.join(sorted(missing))}")
-    columns["epoch"] += 1  # the first epoch is number 1 in a figure
     return figures.Curves(label, columns, num_classes=(record or {}).get("num_classes"))
 
 

@@ -84,7 +84,6 @@ def work(rank: int, size: int, threads: int, batch_size: int, port: int, pipes) 
     model = models.build_model(options.values)
     network = DistributedDataParallel(model) if size > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
-    sums = task.Sums(torch.device("cpu"))
     sizes = (options["sequence_length"], options["num_classes"], options["feature_size"], options["dataset_seed"])
     batch = data.training_samples(*distributed.shard(0, batch_size), EPOCH, *sizes)
     gradients = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
@@ -92,7 +91,7 @@ def work(rank: int, size: int, threads: int, batch_size: int, port: int, pipes) 
 
     def steps(times: int) -> None:
         for _ in range(times):
-            task.train_step(network, optimizer, batch, batch_size, EPOCH, options, sums, "")
+            task.train_step(network, optimizer, batch, batch_size, EPOCH, options, "")
             distributed.all_reduce_max(0)
 
     def exchange(times: int) -> None:

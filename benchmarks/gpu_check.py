@@ -51,13 +51,12 @@ class Training:
         torch.manual_seed(0)
         self.model = models.build_model(self.options.values, backend).to(DEVICE)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.options["learning_rate"])
-        self.sums = task.Sums(DEVICE)
         sizes = (length, *(self.options[name] for name in ("num_classes", "feature_size", "dataset_seed")))
         self.batch = data.training_samples(0, self.options["batch_size"], EPOCH, *sizes).to(DEVICE)
 
     def step(self) -> None:
         size = len(self.batch)
-        task.train_step(self.model, self.optimizer, self.batch, size, EPOCH, self.options, self.sums, "")
+        task.train_step(self.model, self.optimizer, self.batch, size, EPOCH, self.options, "")
 
     def timed(self, steps: int) -> tuple[float, float]:
         """Median seconds of a step after the first, which compiles; peak GPU memory in bytes."""

@@ -4,7 +4,10 @@ Shapes: N samples, L pairs in a sequence, F features, C classes.
 Source: arXiv:2205.11276, "Memorizing associations" in Methods.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +21,8 @@ EVALUATION_SAMPLES = {"validation": 1_000, "test": 2_000}
 _EVALUATION_SEED = {"validation": 4, "test": 5}
 
 
-class Samples(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Samples:
     """Samples of one sequence length."""
 
     features: Tensor  # N x L x F float32 in [0, 1)
@@ -28,15 +32,24 @@ class Samples(NamedTuple):
 
     def __getitem__(self, index):
         """A slice or a selection of the samples."""
-        return Samples(*(field[index] for field in tuple(self)))
+        return Samples(*(tensor[index] for tensor in self.tensors()))
 
     def __len__(self) -> int:
         return self.answer.shape[0]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its fields in order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
     def to(self, device: torch.device) -> "Samples":
         if device.type == "cpu":
             return self
-        return Samples(*(field.pin_memory().to(device, non_blocking=True) for field in tuple(self)))
+        return Samples(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self.tensors()))
+
+
+def sizes(options: Mapping[str, Any], **others: int) -> dict[str, int]:
+    """What defines a set of samples, from a mapping of options under their published names, or from `others`."""
+    return {name: options[name] for name in ("sequence_length", "num_classes", "feature_size", "dataset_seed")} | others
 
 
 def evaluation_set(split: str, sequence_length: int, num_classes: int, feature_size: int, dataset_seed: int) -> Samples:
@@ -101,6 +114,19 @@ def training_length(
         seeds = np.random.SeedSequence([dataset_seed, epoch, start])
         length = int(np.random.Generator(np.random.Philox(seeds)).integers(min(mixed_lengths, length), length + 1))
     return length
+
+
+def fixed_training_samples(
+    start: int, stop: int, epoch: int, sequence_length: int, num_classes: int, feature_size: int, dataset_seed: int
+) -> Samples:
+    """Samples `start` to `stop - 1` of an epoch that shows one fixed set, that of epoch 0, in an order of its own."""
+    whole = _training_set(TRAINING_SAMPLES, sequence_length, num_classes, feature_size, dataset_seed)
+    return whole[training_order(epoch, dataset_seed)[start:stop]]
+
+
+@functools.lru_cache(maxsize=16)  # sequence lengths that are kept; with --mixed_lengths every batch has another one
+def _training_set(samples: int, *sizes: int) -> Samples:
+    return training_samples(0, samples, 0, *sizes)
 
 
 def training_order(epoch: int, dataset_seed: int) -> np.ndarray:

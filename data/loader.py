@@ -1,4 +1,4 @@
-"""Training batches, generated ahead by threads so that no training step waits for data."""
+"""Training batches, generated in advance by threads so that no training step waits for data."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from data import Samples
 
 
-def ahead(make: Callable[[int, int], Samples], ranges: list[tuple[int, int]], workers: int, depth: int) -> Iterator[Samples]:
+def prefetch(make: Callable[[int, int], Samples], ranges: list[tuple[int, int]], workers: int, depth: int) -> Iterator[Samples]:
     """`make(start, stop)` for each range, in order.
 
     Args:

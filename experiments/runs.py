@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from utils.errors import UserError
+from utils.metrics import read_metrics
 from utils.run import METRICS, OPTIONS
 
 TESTS, COMMANDS = "accuracy_by_length.csv", "command.txt"  # of a run, beside what the task script keeps there
@@ -59,10 +60,9 @@ def _checked(folder: Path, read) -> list[Result]:
 
 def read_run(folder: Path, root: Path) -> Result:
     options = yaml.safe_load(_text(folder / OPTIONS))
-    metrics = [json.loads(line) for line in _text(folder / METRICS).splitlines()]
-    flat = [{name: value for name, value in line.items() if name != "rates"} | line.get("rates", {}) for line in metrics]
+    metrics = [line | {"epoch": line["epoch"] - 1} for line in read_metrics(folder / METRICS)]  # in the table from 0
     tests = list(csv.DictReader(_text(folder / TESTS).splitlines()))
-    return Result(folder.relative_to(root).as_posix(), options, _text(folder / COMMANDS).splitlines(), flat, tests)
+    return Result(folder.relative_to(root).as_posix(), options, _text(folder / COMMANDS).splitlines(), metrics, tests)
 
 
 def read_group(folder: Path, root: Path) -> Iterator[Result]:

@@ -106,7 +106,7 @@ def way_of_training(options: dict[str, Any]) -> str:
         words.append(f"mixed lengths from {options['mixed_lengths']}")
     told = _NOT_A_WAY_OF_TRAINING | {option.name for option in CURRICULUM}
     for option in (*MODEL, *DATA, *TRAINING):
-        if option.name not in told and options[option.name] != option.default:
+        if option.name not in told and options.get(option.name, option.default) != option.default:
             words.append(f"{option.name} {options[option.name]}")
     return ", ".join(words) or "published options"
 

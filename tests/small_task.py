@@ -47,7 +47,7 @@ def failing_step(network, optimizer, batch, *args):
     if folder := os.environ.get("SMALL_TASK_TRACE"):
         with open(Path(folder) / f"rank{distributed.rank()}", "a") as file:
             print(torch.get_num_threads(), *batch.query[:, 0].tolist(), file=file)
-    train_step(network, optimizer, batch, *args)
+    return train_step(network, optimizer, batch, *args)
 
 
 data._samples, task.train_step = double_precision, failing_step

@@ -97,6 +97,7 @@ def assert_same_training(folder: Path, other: Path) -> None:
     for line, other_line in zip(a["history"], b["history"], strict=True):
         for name in ("train_accuracy", "validation_accuracy", "learning_rate"):
             assert line[name] == other_line[name]
+        assert line.pop("seconds") > 0 and other_line.pop("seconds") > 0
         rates, other_rates = line.pop("rates"), other_line.pop("rates")
         assert line == pytest.approx(other_line, rel=1e-9)
         assert rates == pytest.approx(other_rates, rel=1e-9)
@@ -123,7 +124,7 @@ def check_same_as_single(single: Path, folder: Path, out: str, trace: Path, proc
     assert seen == [step.split()[1:] for step in (single / "trace").read_text().splitlines()]
     files = {path.name for path in single.iterdir()} - {"out", "trace"}
     assert {path.name for path in folder.iterdir()} == files, "one process writes"
-    of_this_run = rf"  [\d,]+ samples/s.*|/\S*/model_best|^{processes} processes, 62 samples a step\n"
+    of_this_run = rf"  [\d,]+ samples/s.*|/\S*/model_best|.* parameters learn .*|^{processes} processes, 62 samples a step\n"
     told, single_told = (re.sub(of_this_run, "", text, flags=re.M) for text in (out, (single / "out").read_text()))
     assert told == single_told, "one process prints"
 

@@ -237,7 +237,7 @@ def test_odd_yaml_files(script, text, named):
 
 
 def test_odd_yaml_that_is_valid():
-    assert in_yaml("train", "l2: 1e-5\nmemory_size: 0x10\nlearning_rate: 1\nseed: null\n") == (0, "")
+    assert in_yaml("train", "l2: 1e-5\nmemory_size: 010\nlearning_rate: 1\nseed: null\n") == (0, "")
     assert in_yaml("train", "x-size: &size 20\nmemory_size: *size\n")[0] == 2
     assert in_yaml("train", "memory_size: &size 20\nembedding-size: *size\n") == (0, "")
     assert in_yaml("train", "") == (0, "")

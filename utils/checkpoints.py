@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import models
 from utils.errors import UserError
-from utils.options import CURRICULUM, DATA, MODEL, TRAINING
+from utils.options import MODEL, RECORDED
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
@@ -186,14 +186,14 @@ def load(path: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, 
     return checkpoint | {"params": params, "state_dict": content["state_dict"]}
 
 
-def find(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run folder and its path, or None where there is none. What is damaged is reported.
+def find(folder: Path, names: tuple[str, ...] = (LAST, BEST)) -> tuple[Path, dict[str, Any]] | None:
+    """The first whole checkpoint of these names in a run folder and its path, or None. What is damaged is reported.
 
     Raises:
         UserError: there are checkpoints, and none is whole.
     """
     failures = []
-    for path in (folder / LAST, folder / BEST):
+    for path in (folder / name for name in names):
         if not path.exists():
             continue
         try:
@@ -296,7 +296,7 @@ def _params_of_weights(state_dict: Mapping[str, Tensor], given: Mapping[str, Any
 def _completed(params: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """The options that make the network, its data and its training, through the table of options."""
     completed = {}
-    for option in (*MODEL, *DATA, *TRAINING, *CURRICULUM):
+    for option in RECORDED:
         if option.name in params:
             value = params[option.name]
             try:

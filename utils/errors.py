@@ -1,4 +1,4 @@
-"""What a person can mend: told in one line, without a traceback."""
+"""Errors the user can fix: reported in one line, without a traceback."""
 
 import contextlib
 import io
@@ -12,6 +12,10 @@ import torch
 
 class UserError(Exception):
     """Something outside the program is wrong. The message is one line naming the file or option, and the remedy."""
+
+
+class UsageError(UserError):
+    """Options that cannot be meant."""
 
 
 def warn_in_one_line() -> None:
@@ -43,14 +47,14 @@ class _Output(io.FileIO):
         except OSError as failure:
             self.lost = True
             if not isinstance(failure, BrokenPipeError):
-                warnings.warn(f"standard output cannot be written ({failure.strerror}); going on without it", stacklevel=1)
+                warnings.warn(f"standard output cannot be written ({failure.strerror}); continuing without it", stacklevel=1)
             return len(text)
 
 
 def outlive_output() -> None:
-    """Go on when standard output is lost: a training must not be lost with it."""
+    """Continue when standard output is lost or cannot spell a name: a training must not be lost with it."""
     if sys.stdout is None:  # closed from the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
     elif sys.stdout is sys.__stdout__:
         raw = _Output(sys.stdout.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, "backslashreplace", line_buffering=True)

@@ -1,0 +1,139 @@
+"""What a run measures: means over an epoch, and the files that hold them."""
+
+import contextlib
+import csv
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import checkpoints, distributed
+from utils.distributed import print_rank0
+from utils.errors import UserError
+
+
+class EpochMetrics:
+    """Means over the samples of an epoch. The sums stay on the device, so that no step waits for them.
+
+    Args:
+        running: what `totals` gave when the epoch was interrupted, or empty.
+    """
+
+    def __init__(self, device: torch.device, running: Mapping[str, float]):
+        running = dict(running)
+        self._start = time.perf_counter() - running.pop("seconds", 0.0)
+        self._names = list(running)
+        # Rank 0 alone continues the sums; those of the other processes are added to them.
+        values = [value if distributed.is_main() else 0.0 for value in running.values()]
+        self._sums = torch.tensor(values, dtype=torch.float64, device=device)
+
+    def add(self, samples: int, sums: Mapping[str, Tensor]) -> None:
+        """Add sums over `samples` samples of this process (scalars, detached here), the same names at every step."""
+        names = ["samples", *sums]
+        values = torch.stack([total.detach().double() for total in sums.values()])
+        values = torch.cat([values.new_tensor([samples]), values])
+        if not self._names:
+            self._names, self._sums = names, torch.zeros_like(values)
+        if names != self._names:
+            raise UserError("the checkpoint's sums over its unfinished epoch are not those of this program; use another one")
+        self._sums += values
+
+    def totals(self) -> dict[str, float]:
+        """Sums over the samples of all processes, and the seconds that they took."""
+        sums = distributed.all_reduce_sum(self._sums).tolist()
+        return dict(zip(self._names, sums, strict=True)) | {"seconds": time.perf_counter() - self._start}
+
+    def means(self) -> dict[str, float]:
+        """Means over the samples of all processes, and the seconds that they took."""
+        totals = self.totals()
+        samples, seconds = totals.pop("samples"), totals.pop("seconds")
+        return {name: total / samples for name, total in totals.items()} | {"seconds": seconds}
+
+    def shown(self) -> dict[str, float]:
+        """Loss and accuracy so far of this process."""
+        sums = dict(zip(self._names, self._sums.tolist(), strict=True))
+        samples = max(sums["samples"], 1)  # its shard of the first batch may be empty
+        return {"loss": sums["loss"] / samples, "accuracy": 100 * sums["accuracy"] / samples}
+
+
+# Files
+
+
+def flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an epoch as they are written: epochs counted from 1, a firing rate (Hz) by the name of its population."""
+    others = {name: value for name, value in metrics.items() if name != "rates"}
+    return others | {"epoch": metrics["epoch"] + 1} | metrics["rates"]
+
+
+def write_metrics(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write a metrics file: one JSON object per epoch."""
+    text = "".join(json.dumps(flat(metrics)) + "\n" for metrics in history)
+    checkpoints.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, also of an older one (nested `rates`, epochs counted from 0), in today's form.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [flat(line) if "rates" in line else dict(line) for line in lines]
+    except OSError as failure:
+        raise UserError(f"{path}: {failure.strerror}") from failure
+    except (ValueError, TypeError, LookupError, AttributeError) as failure:
+        raise UserError(f"{path}: damaged, or not the metrics file of a run") from failure
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file and say where. Raises UserError where that fails."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    with contextlib.suppress(OSError):  # what is wrong with the folder is reported with the file
+        path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    print_rank0(f"table written to {path}")
+
+
+class TensorBoard:
+    """Scalars of every epoch for TensorBoard, on the main process of a run with --logging; else it does nothing.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+
+    def __init__(self, logging: bool):
+        self._writer = None
+        if logging:
+            try:
+                from torch.utils import tensorboard
+            except ImportError:
+                raise UserError("--logging needs the package tensorboard: pip install tensorboard") from None
+            self._open = tensorboard.SummaryWriter if distributed.is_main() else None
+        else:
+            self._open = None
+
+    def start(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write the epochs of `history` anew: the run may have gone back, or been continued without --logging."""
+        if self._open:
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self._writer = self._open(folder)
+            for metrics in history:
+                self.write(metrics)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        if self._writer:
+            scalars = {name: value for name, value in metrics.items() if name not in ("epoch", "rates")}
+            scalars |= {f"rate/{name}": rate for name, rate in metrics["rates"].items()}
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, metrics["epoch"] + 1)
+            self._writer.flush()
