@@ -19,6 +19,7 @@ import data
 import memorizing_associations_task as task
 from utils import checkpoints
 from utils.errors import UserError, out_of_memory_in_one_line
+from utils.metrics import read_metrics
 from utils.run import METRICS, Run
 
 TINY = """--sequence_length 2 --num_classes 2 --num_time_steps 20 --embedding_size 8 --memory_size 8 --batch_size 64 --seed 1
@@ -147,7 +148,7 @@ def check_metrics(folder: Path) -> None:
     if (folder / METRICS).exists() and (folder / checkpoints.LAST).exists():
         epochs = [json.loads(line)["epoch"] for line in (folder / METRICS).read_text().splitlines()]
         finished = checkpoints.load(folder / checkpoints.LAST)["epoch"]
-        assert epochs == list(range(len(epochs)))
+        assert epochs == list(range(1, len(epochs) + 1))
         assert finished - 1 <= len(epochs) <= finished  # the file follows the checkpoint
 
 
@@ -155,15 +156,18 @@ def check_same_run(ours: Path, theirs: Path) -> None:
     keys = ("epoch", "sample", "state_dict", "optimizer", "history", "best_acc", "running")
     for name in (checkpoints.LAST, checkpoints.BEST):
         one, other = ({key: value for key, value in checkpoints.load(f / name).items() if key in keys} for f in (ours, theirs))
+        for line in (*one["history"], *other["history"]):
+            del line["seconds"]
         assert checkpoints.digest(one) == checkpoints.digest(other), f"{name} differs"
-    assert (ours / METRICS).read_bytes() == (theirs / METRICS).read_bytes(), "the metrics differ"
+    one, other = ([line | {"seconds": 0} for line in read_metrics(folder / METRICS)] for folder in (ours, theirs))
+    assert one == other, "the metrics differ"
     assert not list(ours.glob(".*.tmp")), "temporary files are left"
 
 
 def test_what_a_killed_writer_left_is_removed(folder):
     (folder / f".{checkpoints.LAST}.12345.tmp").write_bytes(b"half a checkpoint")
     (folder / f".{METRICS}.12345.tmp").write_bytes(b"half")
-    train(folder, 2)
+    train(folder, 3)
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -174,7 +178,7 @@ def test_second_run_into_one_folder_is_refused(folder, capsys):
     first = Run(folder)
     first.lock()
     before = contents(folder)
-    for arguments in ([], ["--resume", "auto"]):
+    for arguments in ([], ["--resume", "auto", "--epochs", 3]):
         assert "another training is writing into it" in refused(capsys, "--output_dir", folder, *arguments)
     assert contents(folder) == before
     del first
@@ -194,7 +198,7 @@ def test_no_checkpoint_is_overwritten_by_another_run(folder, whole, tmp_path, ca
     assert "holds a run already" in refused(capsys, "--output_dir", folder)
     other = tmp_path / "other"
     shutil.copytree(whole, other)
-    assert "holds a run already" in refused(capsys, "--output_dir", other, "--resume", folder / checkpoints.LAST)
+    assert "holds a run already" in refused(capsys, "--output_dir", other, "--resume", folder / checkpoints.LAST, "--epochs", 9)
     assert contents(other) == contents(whole)
 
 
@@ -204,7 +208,7 @@ def test_a_later_checkpoint_is_not_overwritten_by_an_earlier_one(folder, capsys)
     earlier = checkpoints.load(folder / checkpoints.LAST)["epoch"] - 1
     best = checkpoints.load(folder / checkpoints.BEST)
     checkpoints.save(folder / checkpoints.BEST, best | {"epoch": earlier, "history": best["history"][:earlier]})
-    assert "is later" in refused(capsys, "--resume", folder / checkpoints.BEST)
+    assert "is later" in refused(capsys, "--resume", folder / checkpoints.BEST, "--epochs", 9)
 
 
 # Disk
@@ -288,14 +292,6 @@ def test_not_finite_stops_before_the_step(options, told, tmp_path, capsys):
     finished = int(told.split(",")[0].removeprefix("epoch ")) - 1
     assert checkpoints.load(tmp_path / checkpoints.LAST)["epoch"] == finished
     assert len((tmp_path / METRICS).read_text().splitlines()) == finished
-
-
-def test_a_silent_population_is_told_with_the_remedy(tmp_path, capsys):
-    assert task.main([*TINY, "--thr", "1e6", "--epochs", "1", "--output_dir", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "warning: write_key is silent (mean rate 0 Hz in epoch 1)" in told
-    assert "another --seed" in told
-    assert "--curriculum_start" in told
 
 
 # Memory

@@ -113,7 +113,7 @@ SEQUENCE_LENGTH = Option(
 # fmt: off
 
 # What a network is. A checkpoint's must be the same to resume, evaluate or plot it.
-MODEL = (SEQUENCE_LENGTH, *(option for part in (Sizes, Dynamics, LIFNeuron, HebbianRule) for option in _options_of(part)))
+MODEL = (SEQUENCE_LENGTH, *(option for part in (Sizes, HebbianRule, Dynamics, LIFNeuron) for option in _options_of(part)))
 
 DATA = (
     Option("dataset_seed", 42, int, "seed of the training, validation and test samples", low=0),
