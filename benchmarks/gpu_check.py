@@ -1,39 +1,36 @@
-#!/usr/bin/env python3
-"""Measure the Triton backend on a GPU: agreement, speed, GPU memory, launches, the floor. Part of benchmarks/gpu_check.sh.
+"""All that needs a GPU, in one go of less than 8 minutes on an H100: agreement, speed, memory, launches, a training, the tests.
 
-    python benchmarks/gpu_check.py --output FOLDER
+    python -m benchmarks.gpu_check [--output FOLDER]
+    python -m benchmarks.gpu_check --dry-run    the same at tiny sizes on a CPU, in Triton's interpreter: times mean nothing
 
-Prints a Markdown table line by line as it measures and writes it to FOLDER/table.md. With TRITON_INTERPRET=1 everything runs
-at tiny sizes on the CPU, in Triton's interpreter: that tests this script, and its times mean nothing.
+Prints a Markdown table line by line as it measures, and writes it to FOLDER/table.md. First the Triton backend is compared with
+the published numbers and with the reference; where it differs, no speed is measured. The exit status is 0 when all parts ran.
 """
 
 import argparse
+import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-import golden
 import torch
 import triton
 from torch.profiler import ProfilerActivity, profile
 
-import data
-import memorizing_associations_task as task
-import models
+from benchmarks import training_step
 from models import POPULATIONS
 from models.backends.triton.writing import SEGMENT
-from utils.options import TASK_GROUPS, Options, Parser
+from tests import golden
 
-EPOCH = 1  # the first one with the activity regularization
+ROOT = Path(__file__).resolve().parent.parent
 DRY = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if DRY else "cuda")
-TINY = "--num_time_steps 4 --embedding_size 4 --memory_size 5 --feature_size 3 --batch_size 2".split()
+DEVICE = "cpu" if DRY else "cuda"
+TINY = {"num_time_steps": 4, "embedding_size": 4, "memory_size": 5, "feature_size": 3, "batch_size": 2}
 STEPS = 2 if DRY else 20  # timed; their median counts
 GB, MS = 1e9, 1e-3
 
@@ -41,22 +38,13 @@ Row = tuple[str, str, str]  # what, measured, aim
 measured: dict[str, float] = {}  # what later parts need of earlier ones
 
 
-class Training:
-    """A network in training, on one batch."""
+class Training(training_step.Training):
+    """A network in training on one batch, at the default options or tiny."""
 
-    def __init__(self, backend: str, length: int = 10, batch_size: int | None = None):
-        given = ["--sequence_length", length, "--num_classes", max(10, length), *(TINY if DRY else ())]
-        given += [] if batch_size is None else ["--batch_size", batch_size]
-        self.options: Options = Parser("", TASK_GROUPS).parse([str(word) for word in given])
-        torch.manual_seed(0)
-        self.model = models.build_model(self.options.values, backend).to(DEVICE)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.options["learning_rate"])
-        sizes = (length, *(self.options[name] for name in ("num_classes", "feature_size", "dataset_seed")))
-        self.batch = data.training_samples(0, self.options["batch_size"], EPOCH, *sizes).to(DEVICE)
-
-    def step(self) -> None:
-        size = len(self.batch)
-        task.train_step(self.model, self.optimizer, self.batch, size, EPOCH, self.options, "")
+    def __init__(self, backend: str, length: int = 10, batch_size: int = 512):
+        case = {"network": training_step.NEW, "length": 2 if DRY else length, "memory_size": 100, "batch": batch_size}
+        super().__init__(case, backend, DEVICE, **(TINY if DRY else {}))
+        self.batch_size = self.options["batch_size"]
 
     def timed(self, steps: int) -> tuple[float, float]:
         """Median seconds of a step after the first, which compiles; peak GPU memory in bytes."""
@@ -83,34 +71,34 @@ def timed(call) -> float:
     return time.perf_counter() - start
 
 
-# Parts
+# Checks
 
 
-def environment() -> Iterator[Row]:
+def environment(_) -> Iterator[Row]:
     name = "a CPU, in the interpreter: times mean nothing" if DRY else torch.cuda.get_device_name()
     yield "GPU", name, ""
     yield "PyTorch, Triton", f"{torch.__version__}, {triton.__version__}", ""
 
 
-def published_numbers() -> Iterator[Row]:
+def published_numbers(_) -> Iterator[Row]:
     """At full size; the tests have the small ones."""
     if DRY:
         return  # an hour in the interpreter
-    golden.check(golden.load("full_size_float64"), "triton", DEVICE.type)
+    golden.check(golden.load("full_size_float64"), "triton", DEVICE)
     yield "published numbers, float64", "agrees", "spikes equal, all else to 1e-9"
     expected = golden.load("full_size_float32")
-    output, *_ = golden.run(expected, "triton", DEVICE.type)
+    output, *_ = golden.run(expected, "triton", DEVICE)
     shares = [(output.activity[name].cpu() != expected.out[name]).float().mean().item() for name in POPULATIONS]
     yield "published numbers, float32: largest share of other spikes", f"{max(shares):.2%}", "< 1 %"
     if max(shares) >= 0.01:
         raise ArithmeticError("other spikes than published")
 
 
-def against_the_reference() -> Iterator[Row]:
-    ours, theirs = (Training(backend, 2, 2 if DRY else 64) for backend in ("triton", "reference"))
-    spikes = [t.model(*tuple(t.batch)[:3], record=True).activity for t in (ours, theirs)]
+def against_the_reference(_) -> Iterator[Row]:
+    ours, theirs = (Training(backend, 2, 64) for backend in ("triton", "reference"))
+    spikes = [t.model(t.batch.features, t.batch.labels, t.batch.query, record=True).activity for t in (ours, theirs)]
     shares = [(spikes[0][name] != spikes[1][name]).float().mean().item() for name in POPULATIONS]
-    yield "reference on this GPU, float32: largest share of other spikes", f"{max(shares):.2%}", "< 1 %"
+    yield "reference on this device, float32: largest share of other spikes", f"{max(shares):.2%}", "< 1 %"
     if max(shares) >= 0.01:
         raise ArithmeticError("other spikes than the reference's")
     for training in (ours, theirs):
@@ -119,19 +107,10 @@ def against_the_reference() -> Iterator[Row]:
     yield "weights after one step: largest difference", f"{change:.1e}", ""
 
 
-def speed() -> Iterator[Row]:
-    training = Training("triton")
-    seconds, peak = training.timed(STEPS)
-    measured["samples a second"] = len(training.batch) / seconds
-    measured["step"] = seconds
-    yield f"training step, batch {len(training.batch)}", f"{seconds / MS:.1f} ms", "<= 25 ms"
-    yield "its peak GPU memory", f"{peak / GB:.2f} GB", "<= 8 GB"
-
-
-def two_runs() -> Iterator[Row]:
+def two_runs(_) -> Iterator[Row]:
     weights = []
     for _ in range(2):
-        training = Training("triton", 2 if DRY else 10)
+        training = Training("triton")
         for _ in range(2):
             training.step()
         weights.append(training.weights())
@@ -140,8 +119,20 @@ def two_runs() -> Iterator[Row]:
     yield "weights of two runs of two steps", "identical", "identical bits"
 
 
-def launches() -> Iterator[Row]:
-    training = Training("triton", 2 if DRY else 10)
+# Measurements
+
+
+def speed(_) -> Iterator[Row]:
+    training = Training("triton")
+    seconds, peak = training.timed(STEPS)
+    measured["samples a second"] = training.batch_size / seconds
+    measured["step"] = seconds
+    yield f"training step, batch {training.options['batch_size']}", f"{seconds / MS:.1f} ms", "<= 25 ms"
+    yield "its peak GPU memory", f"{peak / GB:.2f} GB", "<= 8 GB"
+
+
+def launches(_) -> Iterator[Row]:
+    training = Training("triton")
     training.step()
     with profile(activities=[ProfilerActivity.CPU, *([] if DRY else [ProfilerActivity.CUDA])]) as profiler:
         training.step()
@@ -157,7 +148,7 @@ def launches() -> Iterator[Row]:
         yield f"of this, {len(seconds)} x `{name}`", f"{sum(seconds) / MS:.2f} ms", ""
 
 
-def floor() -> Iterator[Row]:
+def floor(_) -> Iterator[Row]:
     """What the arithmetic and the traffic of the writing would take at the card's measured rates."""
     size = 64 if DRY else 8192
     square = torch.rand(size, size, device=DEVICE)
@@ -168,7 +159,7 @@ def floor() -> Iterator[Row]:
     yield "card: copy", f"{bytes_rate / 1e12:.2f} TB/s read and written", ""
     yield "card: float32 matrix product", f"{flops_rate / 1e12:.1f} TFLOP/s", ""
 
-    options = Training("triton", 2 if DRY else 10).options
+    options = Training("triton").options
     E, M = options["embedding_size"], options["memory_size"]
     steps = options["batch_size"] * options["sequence_length"] * options["num_time_steps"]
     # For a weight of the memory, a step is 6 operations forward, 4 in the replay, 16 backward; W_write is in three products.
@@ -183,39 +174,102 @@ def floor() -> Iterator[Row]:
         yield "step over the larger of the two", f"{measured['step'] / max(compute, move):.1f} times", ""
 
 
-def long_sequences() -> Iterator[Row]:
-    training = Training("triton", 3 if DRY else 55)
+def long_sequences(_) -> Iterator[Row]:
+    training = Training("triton", 55)
     seconds, peak = training.timed(1 if DRY else 3)
-    yield f"{training.options['sequence_length']} pairs, batch {len(training.batch)}", f"{seconds / MS:.0f} ms", ""
+    yield f"{training.options['sequence_length']} pairs, batch {training.options['batch_size']}", f"{seconds / MS:.0f} ms", ""
     yield "its peak GPU memory", f"{peak / GB:.1f} GB", "fits one GPU"
 
 
-def reference_speed() -> Iterator[Row]:
+def reference_speed(_) -> Iterator[Row]:
     """The reference at the largest batch it can hold, by doubling."""
-    best, batch_size = 0.0, 2 if DRY else 512
+    best, batch_size = 0.0, 512
     for _ in range(1 if DRY else 5):
         try:
-            seconds, peak = Training("reference", 2 if DRY else 10, batch_size).timed(1)
+            training = Training("reference", batch_size=batch_size)
+            seconds, peak = training.timed(1)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
-        best = max(best, batch_size / seconds)
-        yield f"reference, batch {batch_size}", f"{seconds:.2f} s, {peak / GB:.1f} GB", ""
+        best = max(best, training.batch_size / seconds)
+        yield f"reference, batch {training.options['batch_size']}", f"{seconds:.2f} s, {peak / GB:.1f} GB", ""
         if seconds > 15:
             break
         batch_size *= 2
     yield "triton over reference, at its best batch", f"{measured.get('samples a second', 0) / best:.0f} times", ">= 50 times"
 
 
+# The scripts
+
+
+def script(seconds: int, *arguments) -> int:
+    """Exit status of a script of the root, which is told to save and end after some time."""
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+    try:
+        return process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def training(folder: Path) -> Iterator[Row]:
+    """From this seed the network learns. What time does not allow is left out: at its end the training saves."""
+    run = folder / "training"
+    shutil.rmtree(run, ignore_errors=True)
+    backend = ["--device", DEVICE, "--backend", "cpp" if DRY else "triton"]  # in the interpreter an epoch would take hours
+    options = ["--curriculum_start", "2", "--seed", "1", "--epochs", "250"]
+    if DRY:
+        tiny = {
+            "sequence_length": 2,
+            "num_classes": 2,
+            "num_time_steps": 10,
+            "embedding_size": 4,
+            "memory_size": 4,
+            "epochs": 2,
+        }
+        options += [word for name, value in tiny.items() for word in (f"--{name}", str(value))]
+    start = time.monotonic()
+    status = script(120, "memorizing_associations_task.py", *backend, *options, "--output_dir", run)
+    seconds = f"{time.monotonic() - start:.0f}"
+    yield "training: exit status, seconds", f"{status}, {seconds}", "0 (143: stopped for time)"
+    history = [json.loads(line)["validation_accuracy"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    yield "training: epochs, best validation accuracy", f"{len(history)}, {max(history):.1f} %", "> 95 %"
+    best = run / "model_best.pth.tar"
+    yield (
+        "test of the best network: exit status",
+        f"{script(60, 'memorizing_associations_task.py', '--resume', best, '--evaluate')}",
+        "0",
+    )
+    curve = ["plot_memorizing_associations_task.py", "--metrics", run / "metrics.jsonl", "--output", folder / "training.png"]
+    yield "training curve: exit status", f"{script(60, *curve)}", "0"
+
+
+def tests(_) -> Iterator[Row]:
+    if not DRY:
+        yield "tests on the GPU: exit status", f"{script(150, '-m', 'pytest', '-q', 'tests/test_triton.py')}", "0"
+
+
+CHECKS = (environment, against_the_reference, published_numbers, two_runs)
+MEASUREMENTS = (speed, launches, floor, long_sequences, reference_speed)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for table.md")
-    folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
-    checks = (environment, against_the_reference, published_numbers, two_runs)
-    measurements = (speed, launches, floor, long_sequences, reference_speed)
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu_check"), help="folder of the results")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="at tiny sizes on a CPU: tests this program")
+    args = parser.parse_args()
+    if args.dry_run and not DRY:  # the interpreter is chosen when Triton is imported
+        environment_of_it = os.environ | {"TRITON_INTERPRET": "1"}
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:]], environment_of_it)
+    if not (DRY or torch.cuda.is_available()):
+        parser.error("there is no CUDA device here; --dry-run tests the program without one")
+    args.output.mkdir(parents=True, exist_ok=True)
     failed = False
-    with open(folder / "table.md", "w") as table:
+    with open(args.output / "table.md", "w") as table:
 
         def write(row: Row) -> None:
             line = f"| {' | '.join(row)} |"
@@ -225,12 +279,12 @@ def main() -> int:
 
         write(("what", "measured", "aim"))
         write(("---", "---", "---"))
-        for part in (*checks, *measurements):
-            if failed and part is measurements[0]:
-                write(("**not measured**", "speed means nothing while a check fails", ""))
-                break
+        for part in (*CHECKS, *MEASUREMENTS, training, tests):
+            if failed and part in MEASUREMENTS:
+                write((f"**{part.__name__} not measured**", "speed means nothing while a check fails", ""))
+                continue
             try:
-                for row in part():
+                for row in part(args.output):
                     write(row)
             except Exception as error:  # the other parts are worth having
                 failed = True

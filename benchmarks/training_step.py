@@ -1,12 +1,13 @@
-#!/usr/bin/env python3
-"""Time and memory of one training step, for each backend, network, sequence length, batch and memory size.
+"""Time and memory of one training step, for each backend, network, sequence length, batch, memory size, number of processes.
 
-    python benchmarks/training_step.py --backends cpp reference --batches 64 512
-    python benchmarks/training_step.py --networks pretrained/recipe-sequence_length10-seed1.pth.tar
+    python -m benchmarks.training_step --backends cpp reference --batches 64 512
+    python -m benchmarks.training_step --networks pretrained/recipe-sequence_length10-seed1.pth.tar
+    python -m benchmarks.training_step --backends cpp --batches 512 --processes 1 2
 
 The kernels follow the spikes, so a step costs what the network's activity costs: a new network fires most, a trained one much
-less. Each case runs in a process of its own. No speed is printed for a result that has not been checked: first the backend's
-spikes and gradients are held against the reference's in float64, with the network's own weights where it is a trained one.
+less. The step is the task script's own, from the second epoch (with the regularization of rates). Each case runs in a process
+of its own, or in several that divide the batch and the threads. No speed is printed for a result that has not been checked:
+first the backend's spikes and gradients are compared with the reference's in float64, with the network's own weights.
 """
 
 import argparse
@@ -21,52 +22,70 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 import data
+import memorizing_associations_task as task
 import models
 from models import POPULATIONS
-from utils import checkpoints
+from utils import checkpoints, distributed
 from utils.errors import UserError
+from utils.options import MODEL, TASK_GROUPS, Parser
 
 NEW = "new"
+MEASURED = "s a step", "samples/s", "of a 4096³ product", "peak MiB", "exchange, ms"
+EPOCH = 1  # the first one with the regularization
 
 
-def build(case: dict, backend: str, **changes) -> models.MemorizingAssociations:
-    """The network of a case: new, from seed 0, or a checkpoint's."""
-    torch.manual_seed(0)
-    if case["network"] == NEW:
-        return models.build_model({"num_classes": case["length"], "memory_size": case["memory_size"]} | changes, backend)
-    checkpoint = checkpoints.load(case["network"])
-    model = models.build_model(checkpoint["params"] | changes, backend)
-    model.load_state_dict(checkpoint["state_dict"])
-    return model
+class Training:
+    """The network of a case (new, from seed 0, or a checkpoint's) in training, on one batch after the other."""
 
+    def __init__(self, case: dict, backend: str, device: str, dtype=torch.float32, **changes):
+        self.options = Parser("", TASK_GROUPS).parse([])
+        if case["network"] == NEW:
+            sizes = {"sequence_length": case["length"], "num_classes": case["length"], "memory_size": case["memory_size"]}
+            self.options.values |= sizes
+        else:
+            checkpoint = checkpoints.load(case["network"])
+            self.options.adopt(checkpoint["params"], MODEL)
+        self.options.values |= {"batch_size": case["batch"]} | changes
+        torch.manual_seed(0)
+        self.model = models.build_model(self.options.values, backend)
+        if case["network"] != NEW:
+            self.model.load_state_dict(checkpoint["state_dict"])
+        self.model.to(torch.device(device), dtype)
+        self.network = DistributedDataParallel(self.model) if distributed.world_size() > 1 else self.model
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.options["learning_rate"])
+        self.draw(0)
 
-def samples(model, first: int, batch: int, length: int) -> data.Samples:
-    return data.training_samples(first, first + batch, 0, length, model.sizes.num_classes, model.sizes.feature_size, 42)
+    def draw(self, number: int) -> None:
+        """This process's shard of a batch."""
+        first = number * self.options["batch_size"]
+        shard = distributed.shard(first, first + self.options["batch_size"])
+        batch = data.training_samples(*shard, EPOCH, **data.sizes(self.options))
+        weight = self.model.output_layer.weight
+        features, query = batch.features.to(weight), batch.query.to(weight)
+        self.batch = data.Samples(features, batch.labels.to(weight.device), query, batch.answer.to(weight.device))
 
-
-def step(model, batch: data.Samples) -> list[torch.Tensor]:
-    """Forward and backward pass of the training objective; the gradients."""
-    output = model(batch.features, batch.labels, batch.query)
-    mean_rates = {name: rate.mean(0) for name, rate in output.rates.items()}
-    loss = cross_entropy(output.logits, batch.answer) + 1e-5 * models.rate_regularization(mean_rates, 0.0)
-    return torch.autograd.grad(loss, list(model.parameters()))
+    def step(self) -> None:
+        task.train_step(self.network, self.optimizer, self.batch, self.options["batch_size"], EPOCH, self.options, "")
 
 
 def check(case: dict) -> str | None:
     """What differs from the reference at two samples of up to five pairs in float64, or None."""
     results = []
-    for name, place in ((case["backend"], case["device"]), ("reference", "cpu")):
-        model = build(case, name, num_time_steps=40).double().to(place)
-        drawn = samples(model, 0, 2, min(case["length"], 5))
-        here = data.Samples(drawn.features.double(), drawn.labels, drawn.query.double(), drawn.answer).to(torch.device(place))
+    changes = {"num_time_steps": 40, "batch_size": 2, "max_grad_norm": 0.0, "sequence_length": min(case["length"], 5)}
+    for backend, device in ((case["backend"], case["device"]), ("reference", "cpu")):
+        training = Training(case, backend, device, torch.float64, **changes)
+        batch = training.batch
         with torch.no_grad():
-            activity = model(here.features, here.labels, here.query, record=True).activity
-        results.append(({n: z.cpu() for n, z in activity.items()}, [g.cpu() for g in step(model, here)]))
+            activity = training.model(batch.features, batch.labels, batch.query, record=True).activity
+        training.step()
+        results.append(
+            ({name: activity[name].cpu() for name in POPULATIONS}, [w.grad.cpu() for w in training.model.parameters()])
+        )
     (ours, our_gradients), (theirs, their_gradients) = results
     for name in POPULATIONS:
         if not torch.equal(ours[name], theirs[name]):
@@ -77,30 +96,47 @@ def check(case: dict) -> str | None:
     return None
 
 
-def measure(case: dict) -> dict:
-    """Median seconds of a step, of a 4096 x 4096 x 4096 float32 product beside it, and peak MiB."""
-    device, size = torch.device(case["device"]), case["batch"]
-    model = build(case, case["backend"]).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+def measure(rank: int, case: dict, port: int | None) -> None:
+    """One process of a case. The first prints the median seconds of a step and of a 4096 x 4096 x 4096 float32 product beside
+    it, peak MiB, and the median seconds of what the processes exchange in a step, alone."""
+    processes, device = case["processes"], case["device"]
+    torch.set_num_threads(max(1, case["threads"] // processes))
+    if processes > 1:
+        store = dist.TCPStore("127.0.0.1", port)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=processes)
+        device = f"cuda:{rank}" if device == "cuda" else device
+    training = Training(case, case["backend"], device)
     for number in range(case["after"]):
-        gradients = step(model, samples(model, number * size, size, case["length"]).to(device))
-        for weight, gradient in zip(model.parameters(), gradients, strict=True):
-            weight.grad = gradient
-        optimizer.step()
-    batch = samples(model, case["after"] * size, size, case["length"]).to(device)
-    step(model, batch)  # warm
-    memory = peak(case["device"])
+        training.draw(number)
+        training.step()
+    training.draw(case["after"])
+    training.step()  # warm
+    memory = peak(device)
     square = torch.randn(4096, 4096, device=device)
     square @ square
-    times = {"step": [], "product": []}
+    weights = torch.cat([weight.detach().flatten() for weight in training.model.parameters()])
+    inputs = training.batch.features, training.batch.labels, training.batch.query
+    rates = torch.cat([rates[0].detach() for rates in training.model(*inputs).rates.values()])
+
+    def exchange() -> None:
+        for values in (rates, weights, weights[0]):
+            distributed.all_reduce_sum(values)
+        distributed.all_reduce_max(0)
+
+    timed = {"step": training.step, "exchange": exchange} | ({"product": lambda: square @ square} if rank == 0 else {})
+    times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(case["repeats"]):
-        for name, function in (("step", lambda: step(model, batch)), ("product", lambda: square @ square)):
+        for name, function in timed.items():
+            distributed.all_reduce_max(0)
             start = time.perf_counter()
             function()
-            if case["device"] != "cpu":
+            if device != "cpu":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()} | {"peak": memory}
+        if rank:
+            distributed.all_reduce_max(0)  # while the first computes the product
+    if rank == 0:
+        print(json.dumps({name: statistics.median(values) for name, values in times.items()} | {"peak": memory}))
 
 
 def peak(device: str) -> float:
@@ -111,16 +147,21 @@ def peak(device: str) -> float:
 
 def one_case(case: dict) -> None:
     """In a process of its own: print the result as JSON."""
-    difference = check(case)
-    print(json.dumps({"wrong": difference} if difference else measure(case)))
+    if difference := check(case):
+        print(json.dumps({"wrong": difference}))
+    elif case["processes"] == 1:
+        measure(0, case, None)
+    else:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        mp.spawn(measure, (case, store.port), case["processes"])
 
 
-def processor() -> str:
+def processor(threads: int) -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{names[0] if names else platform.processor()}, {threads} threads"
 
 
 def cases(arguments: argparse.Namespace) -> list[dict]:
@@ -131,10 +172,11 @@ def cases(arguments: argparse.Namespace) -> list[dict]:
         if network != NEW:
             params = checkpoints.load(network)["params"]
             sizes = [(params["sequence_length"], params["memory_size"])]
-        for (length, memory_size), batch in itertools.product(sizes, arguments.batches):
+        for (length, memory_size), batch, processes in itertools.product(sizes, arguments.batches, arguments.processes):
             if backend != "reference" or batch <= arguments.reference_batch:
                 case = {"backend": backend, "network": network, "length": length, "memory_size": memory_size, "batch": batch}
-                found.append(case | {name: getattr(arguments, name) for name in ("device", "after", "repeats")})
+                case |= {name: getattr(arguments, name) for name in ("device", "after", "repeats", "threads")}
+                found.append(case | {"processes": processes})
     return found
 
 
@@ -145,8 +187,10 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", default=[NEW], help=f"'{NEW}', or checkpoints, which bring their own sizes")
     parser.add_argument("--after", type=int, default=0, help="training steps before those measured")
     parser.add_argument("--lengths", nargs="+", type=int, default=[10])
-    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 512])
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 512], help="over all processes")
     parser.add_argument("--memory_sizes", nargs="+", type=int, default=[100])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="over all processes")
     parser.add_argument("--reference_batch", type=int, default=16, help="largest batch for the reference")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -158,26 +202,28 @@ def main() -> int:
         to_measure = cases(arguments)
     except UserError as error:
         parser.error(str(error))
-    print(f"{processor()}, torch {torch.__version__}\n")
-    print("| backend | network | pairs | memory size | batch | s a step | samples/s | of a 4096³ product | peak MiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"{processor(arguments.threads)}, torch {torch.__version__}\n")
+    head = "backend", "network", "pairs", "memory size", "batch", "processes", *MEASURED
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     return max(map(report, to_measure), default=0)
 
 
 def report(case: dict) -> int:
-    command = [sys.executable, __file__, "--case", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.training_step", "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     network = Path(case["network"]).name.removesuffix(".pth.tar") + (f", {case['after']} steps on" if case["after"] else "")
-    title = f"| {case['backend']} | {network} | {case['length']} | {case['memory_size']} | {case['batch']} |"
+    sizes = " | ".join(str(case[name]) for name in ("length", "memory_size", "batch", "processes"))
+    title = f"| {case['backend']} | {network} | {sizes} |"
     if done.returncode:
-        print(title, f"failed: {done.stderr.strip().splitlines()[-1]} | | | |", flush=True)
+        print(title, f"failed: {done.stderr.strip().splitlines()[-1]} | | | | |", flush=True)
         return 1
     found = json.loads(done.stdout.splitlines()[-1])
     if found.get("wrong"):
-        print(title, f"wrong, not measured: {found['wrong']} differ | | | |", flush=True)
+        print(title, f"wrong, not measured: {found['wrong']} differ | | | | |", flush=True)
         return 1
-    speed, share = case["batch"] / found["step"], found["step"] / found["product"]
-    print(title, f"{found['step']:.3f} | {speed:,.0f} | {share:.2f} | {found['peak']:.0f} |", flush=True)
+    speed, product = case["batch"] / found["step"], found["step"] / found["product"]
+    exchange = f"{1e3 * found['exchange']:.2f}" if case["processes"] > 1 else ""
+    print(title, f"{found['step']:.3f} | {speed:,.0f} | {product:.2f} | {found['peak']:.0f} | {exchange} |", flush=True)
     return 0
 
 

@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Keep trained networks without the state of the optimizer, with a README that says how each was made.
 
-python experiments/export.py runs/sweep recipe/sequence_length10-seed1 published/sequence_length5-seed1 --output_dir pretrained
+python -m experiments.export runs/sweep recipe/sequence_length10-seed1 published/sequence_length5-seed1 --output_dir pretrained
 
 Or write a checkpoint that the published program loads, with Adam's state:
 
-python experiments/export.py --published runs/quickstart/model_best.pth.tar quickstart.pth.tar
+python -m experiments.export --published runs/quickstart/model_best.pth.tar quickstart.pth.tar
 """
 
 import argparse
@@ -14,16 +13,13 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from experiments.summarize import Result, read_results, summary  # noqa: E402
-from utils import checkpoints  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.options import MODEL, TASK_GROUPS  # noqa: E402
+from experiments.runs import Result, read_results
+from experiments.summarize import summary
+from utils import checkpoints
+from utils.errors import UserError
+from utils.options import MODEL, TASK_GROUPS
 
 HEAD = """# Trained networks
 

@@ -1,8 +1,8 @@
-"""What runs say, from their folders or kept compactly: three files a group, in place of four a run.
+"""What runs say, from their folders or kept compactly: three files per group, in place of four per run.
 
 GROUP/runs.yaml     options that all runs of the group share; for each run what differs, and the commands that made it
-GROUP/metrics.csv   a row an epoch of each run, every number as in the run's metrics.jsonl
-GROUP/tests.csv     a row a tested length of each run, as in its accuracy_by_length.csv
+GROUP/metrics.csv   a row per epoch of each run, every number as in the run's metrics.jsonl
+GROUP/tests.csv     a row per tested length of each run, as in its accuracy_by_length.csv
 """
 
 import csv
@@ -16,20 +16,20 @@ import yaml
 
 from utils.errors import UserError
 from utils.metrics import read_metrics
-from utils.run import METRICS, OPTIONS
+from utils.run import METRICS, OPTIONS, TABLE
 
-TESTS, COMMANDS = "accuracy_by_length.csv", "command.txt"  # of a run, beside what the task script keeps there
+COMMANDS = "command.txt"  # of a run of a sweep, beside what the task script keeps there
 GROUP, GROUP_METRICS, GROUP_TESTS = "runs.yaml", "metrics.csv", "tests.csv"
 
 
 class Result(NamedTuple):
-    """A run. Numbers are as they were written; accuracies in percent, firing rates in Hz."""
+    """A run. Accuracies in percent, firing rates in Hz, epochs counted from 1."""
 
     name: str  # group/run
     options: dict[str, Any]
     commands: list[str]  # "commit: command"
-    metrics: list[dict[str, Any]]  # one an epoch, rates among them by the name of their population
-    tests: list[dict[str, str]]  # one a tested length
+    metrics: list[dict[str, Any]]  # one per epoch
+    tests: list[dict[str, str]]  # one per tested length
 
 
 def read_results(root: Path) -> list[Result]:
@@ -60,9 +60,9 @@ def _checked(folder: Path, read) -> list[Result]:
 
 def read_run(folder: Path, root: Path) -> Result:
     options = yaml.safe_load(_text(folder / OPTIONS))
-    metrics = [line | {"epoch": line["epoch"] - 1} for line in read_metrics(folder / METRICS)]  # in the table from 0
-    tests = list(csv.DictReader(_text(folder / TESTS).splitlines()))
-    return Result(folder.relative_to(root).as_posix(), options, _text(folder / COMMANDS).splitlines(), metrics, tests)
+    tests = list(csv.DictReader(_text(folder / TABLE).splitlines()))
+    commands = _text(folder / COMMANDS).splitlines()
+    return Result(folder.relative_to(root).as_posix(), options, commands, read_metrics(folder / METRICS), tests)
 
 
 def read_group(folder: Path, root: Path) -> Iterator[Result]:

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Why networks fall silent: follow the first training steps, as the task script takes them, and what each does to the reading.
 
-python experiments/silence.py --seed 2 --output runs/silence/published-seed2.csv
-python experiments/silence.py --seed 2 --curriculum_start 2 --output runs/silence/curriculum-seed2.csv
-python experiments/silence.py --draw runs/silence/*.csv --output silence.png
-python experiments/silence.py --decode --seed 2 --output runs/silence/decoded-seed2.csv
+python -m experiments.silence --seed 2 --output runs/silence/published-seed2.csv
+python -m experiments.silence --seed 2 --curriculum_start 2 --output runs/silence/curriculum-seed2.csv
+python -m experiments.silence --draw runs/silence/*.csv --output silence.png
+python -m experiments.silence --decode --seed 2 --output runs/silence/decoded-seed2.csv
 
 The table has a row a step, from before that step: loss (cross entropy), accuracy (%), `gain` (see `loss_by_gain`), mean firing
 rates (Hz), shares of neurons that fire at all, norms of the weights; and, for each weight matrix W, `pull/W`: by how much the
@@ -14,6 +13,7 @@ step that the optimizer takes along W changes the mean firing rate of the readin
 import argparse
 import csv
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-import data  # noqa: E402
-import models  # noqa: E402
-from utils.figures.style import GREY, SERIES, TWO_COLUMNS, add_axes, add_heading, new_figure, save, styled  # noqa: E402
-from utils.options import CURRICULUM, TASK_GROUPS, Options, Parser  # noqa: E402
+import data
+import memorizing_associations_task as task
+import models
+from utils.figures.style import GREY, SERIES, TWO_COLUMNS, add_axes, add_heading, new_figure, save, styled
+from utils.options import CURRICULUM, TASK_GROUPS, Options, Parser
 
 READING = ("read_key", "read_value")
 
@@ -56,8 +53,8 @@ def main() -> int:
     return 0
 
 
-def follow(options: Options):
-    """Train as the task script does, and describe the network before every step."""
+def follow(options: Options) -> Iterator[dict[str, float]]:
+    """Train by the steps of the task script, and describe the network before each."""
     torch.manual_seed(options["seed"])
     model = models.build_model(options.values, options["backend"])
     optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
@@ -65,23 +62,15 @@ def follow(options: Options):
     for step, (epoch, start) in enumerate(tqdm(starts, unit=" steps", disable=not sys.stderr.isatty())):
         length = data.training_length(start, epoch, **options.of(CURRICULUM, "sequence_length", "dataset_seed"))
         stop = min(start + options["batch_size"], data.TRAINING_SAMPLES)
-        sizes = (length, options["num_classes"], options["feature_size"], options["dataset_seed"])
-        batch = data.training_samples(start, stop, epoch, *sizes)
+        batch = data.training_samples(start, stop, epoch, **data.sizes(options, sequence_length=length))
         output = model(batch.features, batch.labels, batch.query)
         loss = cross_entropy(output.logits, batch.answer)
         row = {"step": step, "epoch": epoch, "length": length} | describe(model, output, batch.answer, loss)
 
         inner = list(model.parameters())[: names(model).index("output")]  # the output layer does not act on the rates
-        rate_gradient = torch.autograd.grad(output.rates["read_value"].mean(), inner, retain_graph=True)
-        if epoch > 0:
-            mean_rates = {name: rate.mean(0, keepdim=True) for name, rate in output.rates.items()}
-            loss = loss + options["l2"] * models.rate_regularization(mean_rates, options["target_rate"])
+        rate_gradient = torch.autograd.grad(output.rates["read_value"].mean(), inner)
         before = [weight.detach().clone() for weight in inner]
-        optimizer.zero_grad()
-        loss.backward()
-        if options["max_grad_norm"] > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), options["max_grad_norm"])
-        optimizer.step()
+        task.train_step(model, optimizer, batch, stop - start, epoch, options, f"step {step}")
         moves = [weight.detach() - old for weight, old in zip(inner, before, strict=True)]
         pulls = [(gradient * move).sum().item() for gradient, move in zip(rate_gradient, moves, strict=True)]
         yield row | {f"pull/{name}": pull for name, pull in zip(names(model), pulls, strict=False)}
@@ -116,10 +105,9 @@ def decode(options: Options, lengths=(1, 2, 3, 5, 10), samples: int = 3000, batc
     torch.manual_seed(options["seed"])
     model = models.build_model(options.values, options["backend"])
     model.output_layer.weight = torch.nn.Parameter(torch.eye(options["memory_size"]))  # logits are the readout itself
-    sizes = (options["num_classes"], options["feature_size"], options["dataset_seed"])
     fitted = 2 * samples // 3
     for length in lengths:
-        drawn = data.training_samples(0, samples, 0, length, *sizes)
+        drawn = data.training_samples(0, samples, 0, **data.sizes(options, sequence_length=length))
         batches = [drawn[first : first + batch_size] for first in range(0, samples, batch_size)]
         readout = torch.cat([model(batch.features, batch.labels, batch.query).logits for batch in batches]).double()
         inputs = torch.cat([readout, torch.ones(samples, 1, dtype=torch.float64)], dim=1)

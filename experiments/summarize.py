@@ -8,21 +8,28 @@ Runs are read from their folders, or from where --copy kept them (see runs.py). 
 """
 
 import argparse
-import collections
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import models
 from experiments.runs import GROUP, Result, read_results, to_csv, write_groups
 from utils.errors import UserError
 from utils.figures import curves
-from utils.figures.style import GREY, SERIES, TWO_COLUMNS, add_axes, add_heading, new_figure, save, styled
+from utils.figures.style import GREY, ONE_COLUMN, SERIES, new_figure, save, styled
 from utils.options import CURRICULUM, DATA, MODEL, TRAINING
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
+# The groups of accuracy_against_length, and their labels.
+LINES = {
+    "recipe_tuned": "recipe, rule tuned",
+    "recipe": "recipe",
+    "curriculum": "published options, curriculum",
+    "published": "published options",
+}
 # What a run may differ in without being trained in another way.
 _NOT_A_WAY_OF_TRAINING = {"sequence_length", "num_classes", "seed", "epochs", "workers", "prefetch_factor", "start_epoch"}
 
@@ -78,7 +85,7 @@ def summary(result: Result) -> dict[str, Any]:
         "best_validation_accuracy": validation[best] if metrics else None,
         "best_epoch": best + 1 if metrics else None,
         "test_accuracy": tested[0] if tested else None,
-    } | {f"{name}_rate": round(metrics[-1][name], 2) if metrics else None for name in SHOWN_RATES}
+    } | {f"{name}_rate": round(metrics[-1][name], 2) if metrics and name in metrics[-1] else None for name in SHOWN_RATES}
 
 
 def learned_above(length: int) -> float:
@@ -90,7 +97,7 @@ def outcome(result: Result, learned: int | None) -> str:
     options = result.options
     if not result.metrics:
         return "not begun"
-    if result.metrics[-1]["read_value"] < models.SILENT_BELOW:
+    if result.metrics[-1].get("read_value", np.inf) < models.SILENT_BELOW:
         return "silent"
     if learned or options["num_classes"] == 1:
         return "learned"
@@ -106,40 +113,46 @@ def way_of_training(options: dict[str, Any]) -> str:
         words.append(f"mixed lengths from {options['mixed_lengths']}")
     told = _NOT_A_WAY_OF_TRAINING | {option.name for option in CURRICULUM}
     for option in (*MODEL, *DATA, *TRAINING):
-        if option.name not in told and options.get(option.name, option.default) != option.default:
-            words.append(f"{option.name} {options[option.name]}")
+        value = options.get(option.name, option.default)
+        if option.name not in told and value != option.default:
+            words.append(f"{option.name} {value}")
     return ", ".join(words) or "published options"
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    head = (
-        "pairs",
-        "classes",
-        "training",
-        "seed",
-        "epochs",
-        "outcome",
-        "learned in epoch",
-        "validation %",
-        "test %",
-        "reading",
-    )
+    """A line for the seeds of a group that are trained alike; table.csv has each."""
+    head = "group", "pairs", "classes", "training", "epochs", "seeds", "learned", "validation %", "test %", "each seed's test %"
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    alike: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        epochs = f"{row['epochs']}" + (f" of {row['of_epochs']}, unfinished" if row["state"] == "unfinished" else "")
-        validation = "" if row["best_epoch"] is None else f"{row['best_validation_accuracy']:.1f} (epoch {row['best_epoch']})"
-        test = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2f}"
-        rate = "" if row["read_value_rate"] is None else f"{row['read_value_rate']:.1f} Hz"
-        sizes = (row["sequence_length"], row["num_classes"], row["training"], row["seed"])
-        cells = (*sizes, epochs, row["outcome"], row["learned_in_epoch"] or "", validation, test, rate)
+        group = row["run"].rpartition("/")[0]
+        alike.setdefault((group, row["sequence_length"], row["num_classes"], row["training"], row["of_epochs"]), []).append(row)
+    for (group, length, classes, training, of_epochs), seeds in alike.items():
+        unfinished = [f"seed {row['seed']}: {row['epochs']}, unfinished" for row in seeds if row["state"] == "unfinished"]
+        epochs = f"{of_epochs}" + (f" ({', '.join(unfinished)})" if unfinished else "")
+        outcomes = [row["outcome"] for row in seeds]
+        learned = f"{outcomes.count('learned')} of {len(seeds)}" + (
+            f", {outcomes.count('silent')} silent" * ("silent" in outcomes)
+        )
+        tests = [row["test_accuracy"] for row in seeds]
+        each = ", ".join("not tested" if test is None else f"{test:.2f}" for test in tests)
+        numbers = mean_and_deviation([row["best_validation_accuracy"] for row in seeds]), mean_and_deviation(tests), each
+        cells = (group, length, classes, training, epochs, ", ".join(str(row["seed"]) for row in seeds), learned, *numbers)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
-        "Learned: validation accuracy over halfway from guessing one of the labels shown to 100 %. Silent: the reading values "
-        f"fire at less than {models.SILENT_BELOW} Hz. Test: published test set, the network of highest validation accuracy. "
-        "Reading: mean firing rate of the reading values in the last epoch.",
+        "Mean ± standard deviation over the seeds. Validation: the best epoch. Test: published test set, the network "
+        "of that epoch. Learned: validation accuracy over halfway from guessing one of the labels shown to 100 %. Silent: the "
+        f"reading values fire at less than {models.SILENT_BELOW} Hz in the last epoch. Each run: table.csv.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def mean_and_deviation(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{np.mean(known):.1f}" + (f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else "")
 
 
 # The figures
@@ -162,7 +175,6 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
 
 def training_curves(result: Result) -> curves.Curves:
     columns = {name: np.array([epoch[name] for epoch in result.metrics]) for name in result.metrics[0]}
-    columns["epoch"] = columns["epoch"] + 1
     length = result.options["sequence_length"]
     label = f"{length} pair{'s' * (length > 1)}, {way_of_training(result.options)}"
     return curves.Curves(label, columns, result.options["num_classes"])
@@ -175,40 +187,30 @@ def tested_lengths(result: Result) -> curves.Curves:
 
 
 @styled
-def accuracy_against_length(rows: list[dict[str, Any]]):
-    """Best validation accuracy by length: every seed a point (hollow: unfinished), the mean and share of those that learned."""
-    figure = new_figure(TWO_COLUMNS, 66)
-    add_heading(figure, 2, 5, "a", "Accuracy", 12)
-    add_heading(figure, 95, 5, "b", "Share of seeds that have learned so far", 12)
-    accuracy, share = add_axes(figure, 14, 8, 74, 44), add_axes(figure, 107, 8, 74, 44)
-    trainings = list(dict.fromkeys(row["training"] for row in rows))
-    labels = collections.Counter()  # of points in one place, one over the other
-    for place, training in enumerate(trainings):
-        colour, shift = SERIES[place % len(SERIES)], 0.15 * (place - (len(trainings) - 1) / 2)
-        members = [row for row in rows if row["training"] == training]
-        lengths = sorted({row["sequence_length"] for row in members})
-        for finished, look in (("finished", {"color": colour}), ("unfinished", {"mec": colour, "mfc": "none"})):
-            chosen = [row for row in members if row["state"] == finished]
-            points = [(row["sequence_length"] + shift, row["best_validation_accuracy"]) for row in chosen]
-            accuracy.plot(*np.array(points).reshape(-1, 2).T, "o", ms=2.5, mew=0.5, **look)
-        by_length = {n: [row for row in members if row["sequence_length"] == n] for n in lengths}
-        learned = {n: [r["best_validation_accuracy"] for r in by_length[n] if r["outcome"] == "learned"] for n in lengths}
-        means = [(n + shift, np.mean(learned[n])) for n in lengths if learned[n]]
-        accuracy.plot(*np.array(means).reshape(-1, 2).T, color=colour, label=training)
-        shares = [100 * len(learned[n]) / len(by_length[n]) for n in lengths]
-        share.plot(np.array(lengths) + shift, shares, "o-", ms=2.5, color=colour, label=training)
-        for n, percent in zip(lengths, shares, strict=True):
-            words = f"{len(learned[n])}/{len(by_length[n])}"
-            away = (5 + 6 * labels[n, percent]) * (-1 if percent > 50 else 1)
-            style = {"textcoords": "offset points", "ha": "center", "va": "center", "color": colour, "size": 5}
-            share.annotate(words, (n + shift, percent), (0, away), **style)
-            labels[n, percent] += 1
+def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
+    """Test accuracy by length, a line for each group of LINES (where there are none of them: for each group): the mean over the
+    seeds, and every seed a point (hollow: unfinished)."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["test_accuracy"] is not None:
+            groups.setdefault(row["run"].rpartition("/")[0], []).append(row)
+    labels = {group: words for group, words in LINES.items() if group in groups} or {group: group for group in groups}
+    figure = new_figure(ONE_COLUMN, 70)
+    figure.set_layout_engine("constrained")
+    ax = figure.subplots()
+    for (group, label), colour in zip(labels.items(), SERIES * len(labels), strict=False):
+        points = [(row["sequence_length"], row["test_accuracy"], row["state"] == "finished") for row in groups[group]]
+        lengths = sorted({length for length, *_ in points})
+        means = [np.mean([accuracy for length, accuracy, _ in points if length == n]) for n in lengths]
+        ax.plot(lengths, means, color=colour, label=label)
+        for finished, look in ((True, {"color": colour}), (False, {"mec": colour, "mfc": "none"})):
+            chosen = [(length, accuracy) for length, accuracy, state in points if state == finished]
+            ax.plot(*np.array(chosen).reshape(-1, 2).T, "o", ms=2.5, mew=0.5, **look)
     longest = max(row["sequence_length"] for row in rows)
-    dense = np.linspace(2, longest, 100)
-    accuracy.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=(0, (3, 1.5)), label="guessing among the labels shown")
-    for ax, unit in ((accuracy, "Best validation accuracy (%)"), (share, "Share (%)")):
-        ax.set(xlabel="Sequence length (pairs)", ylabel=unit, ylim=(0, 105), xlim=(1, longest + 1))
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(14 / TWO_COLUMNS, 0), ncols=4)
+    dense = np.linspace(2, max(longest, 3), 100)
+    ax.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=(0, (3, 1.5)), label="chance: one of the labels shown")
+    ax.set(xlabel="Sequence length (pairs)", ylabel="Accuracy on the test set (%)", ylim=(0, 103), xlim=(0, longest + 1))
+    figure.legend(loc="outside lower left", ncols=2)
     return figure
 
 

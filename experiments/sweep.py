@@ -12,9 +12,10 @@ The YAML file names groups of runs. A group gives options of the task script; a 
       epochs: 250
       test_lengths: 2-10             # to test at when trained; without it, at the length trained on
 
-A run is the folder OUTPUT_DIR/GROUP/RUN, named after the options that have lists. Beside what the task script keeps there, it
-holds log.txt (what the run printed), command.txt (the commands that made it, each with the commit of the program) and
-accuracy_by_length.csv (accuracy on the published test set of the checkpoint of highest validation accuracy).
+A group may be a list of such blocks. A run is the folder OUTPUT_DIR/GROUP/RUN, named after the options that have lists. Beside
+what the task script keeps there, it holds log.txt (what the run printed), command.txt (the commands that made it, each with the
+commit of the program) and accuracy_by_length.csv (accuracy on the published test set of the network of highest validation
+accuracy).
 """
 
 import argparse
@@ -35,12 +36,12 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from experiments.runs import COMMANDS, TESTS
+from experiments.runs import COMMANDS
 from utils import checkpoints
 from utils.errors import UserError
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, TASK_GROUPS, TRAINING, Options, Parser
-from utils.run import METRICS, OPTIONS
+from utils.run import METRICS, OPTIONS, TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "memorizing_associations_task.py"
@@ -123,24 +124,28 @@ class Job:
     def is_tested(self) -> bool:
         """The best network, at these lengths."""
         try:
-            with open(self.folder / TESTS, newline="") as table:
+            with open(self.folder / TABLE, newline="") as table:
                 lengths = tuple(int(row["sequence_length"]) for row in csv.DictReader(table))
-            newer = (self.folder / TESTS).stat().st_mtime >= (self.folder / checkpoints.BEST).stat().st_mtime
+            newer = (self.folder / TABLE).stat().st_mtime >= (self.folder / checkpoints.BEST).stat().st_mtime
         except (OSError, KeyError, ValueError):
             return False
         return newer and lengths == self.test_lengths
 
-    def differences(self) -> list[str]:
-        """A phrase for each option by which the run in the folder was trained otherwise than the sweep file says."""
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """A phrase for each option by which a recorded run was trained otherwise than the sweep file says."""
+        record = _DEFAULTS | record
+        names = sorted(_RESULT_DEPENDS_ON | ({"backend"} & self.given.keys()))
+        return [f"{name} {self.options[name]} (run: {record[name]})" for name in names if self.options[name] != record[name]]
+
+    def differences_to_folder(self) -> list[str]:
         try:
-            record = _DEFAULTS | (yaml.safe_load((self.folder / OPTIONS).read_text(encoding="utf-8")) or {})
+            record = yaml.safe_load((self.folder / OPTIONS).read_text(encoding="utf-8")) or {}
         except OSError:
             return []
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError) as failure:
+        except (yaml.YAMLError, UnicodeDecodeError) as failure:
             raise UserError(f"{self.folder / OPTIONS}: damaged ({' '.join(str(failure).split())}); remove the run") from failure
-        record["epochs"] = max(self.epochs_done(), self.options["epochs"])  # more epochs continue a run
-        compared = sorted(_RESULT_DEPENDS_ON | ({"backend"} & self.given.keys()))
-        return [f"{name} {self.options[name]} (run: {record[name]})" for name in compared if self.options[name] != record[name]]
+        more_epochs = {"epochs": max(self.epochs_done(), self.options["epochs"])}  # these continue a run
+        return self.differences(record | more_epochs)
 
 
 def _words(options: dict[str, Any]) -> list[str]:
@@ -166,9 +171,15 @@ def read_sweep(path: Path, output_dir: Path) -> list[Job]:
         raise UserError(f"{path}: {failure.strerror}") from failure
     except (yaml.YAMLError, UnicodeDecodeError) as failure:
         raise UserError(f"{path}: not a YAML file ({' '.join(str(failure).split())})") from failure
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+    groups = groups if isinstance(groups, dict) else {"": groups}
+    blocks = [(str(name), block) for name, group in groups.items() for block in (group if isinstance(group, list) else [group])]
+    if not all(name and isinstance(block, dict) for name, block in blocks):
         raise UserError(f"{path}: must hold groups of options (see the head of {Path(__file__).name})")
-    return [job for name, group in groups.items() for job in _jobs(f"{path}: {name}", str(name), group, output_dir)]
+    jobs = [job for name, block in blocks for job in _jobs(f"{path}: {name}", name, block, output_dir)]
+    names = [job.name for job in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: {', '.join(twice)}: twice; give the option that differs as a list")
+    return jobs
 
 
 def _jobs(where: str, group_name: str, group: dict[str, Any], output_dir: Path) -> Iterator[Job]:
@@ -212,7 +223,7 @@ def _resolve(where: str, words: list[str]) -> Options:
 def refuse_other_runs(jobs: list[Job]) -> None:
     """See that no run in the folder is of other options than the sweep file gives it now."""
     for job in jobs:
-        if differences := job.differences():
+        if differences := job.differences_to_folder():
             raise UserError(
                 f"{job.folder}: is another run: {', '.join(differences)}; choose another --output_dir or group name"
             )

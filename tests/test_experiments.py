@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import memorizing_associations_task as task
-from experiments import export, runs, summarize, sweep
+from experiments import runs, summarize, sweep
 from utils import checkpoints
 from utils.errors import UserError
 
@@ -141,6 +141,15 @@ def test_a_sweep_takes_over_from_a_dead_machine_and_saves_when_interrupted(tmp_p
     assert checkpoints.load(run / checkpoints.LAST)["epoch"] == len(result.metrics)
 
 
+def test_the_sweep_file_makes_the_runs_that_are_kept():
+    """Old results of options that the file no longer gives would not be noticed: they are not made again."""
+    jobs = {job.name: job for job in sweep.read_sweep(ROOT / "experiments" / "results.yaml", Path("runs"))}
+    kept = {result.name: result for result in runs.read_results(RESULTS)}
+    assert jobs.keys() == kept.keys()
+    for name, job in jobs.items():
+        assert job.differences(kept[name].options) == [], name
+
+
 def test_the_table_is_that_of_the_raw_metrics():
     rows = [summarize.summary(result) for result in runs.read_results(RESULTS)]
     assert (RESULTS / "table.csv").read_text(encoding="utf-8") == runs.to_csv(rows)
@@ -157,10 +166,10 @@ def test_a_damaged_run_is_named(tmp_path):
 
 
 def test_a_committed_network_scores_what_the_table_says(tmp_path):
-    run = "recipe/sequence_length10-seed1"
+    run, network = "curriculum/sequence_length10-seed1", "recipe-sequence_length10-seed1.pth.tar"
     rows = csv.DictReader((RESULTS / "table.csv").read_text(encoding="utf-8").splitlines())
     row = next(row for row in rows if row["run"] == run)
-    command = ["--resume", str(PRETRAINED / export.file_name(run)), "--evaluate", "--backend", "cpp", "--device", "cpu"]
+    command = ["--resume", str(PRETRAINED / network), "--evaluate", "--backend", "cpp", "--device", "cpu"]
     assert task.main([*command, "--output_dir", str(tmp_path)]) == 0
     (tested,) = csv.DictReader((tmp_path / "accuracy_by_length.csv").read_text().splitlines())
     # 2,000 samples; on another CPU, rounding may flip a spike that decides a sample.

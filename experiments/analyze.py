@@ -1,0 +1,142 @@
+"""What trained networks recall, and what instead: by position of the asked pair, by noise on the query, and where errors point.
+
+python -m experiments.analyze pretrained/*.pth.tar --output_dir experiments/results/analysis
+
+Everything is on the published test set (2,000 samples) at the length trained on. Writes position.csv, noise.csv, errors.csv and
+memory.png. Noise is Gaussian and added to every component of the query, which is not clipped; `nearest` is the share of samples
+in which the asked vector is still the nearest to the query: what an exact memory would answer.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import data
+import models
+from experiments.runs import to_csv
+from utils import checkpoints
+from utils.errors import UserError
+from utils.figures.style import GREY, SERIES, TWO_COLUMNS, new_figure, save, styled
+
+BATCH = 125  # as the task script tests: the rounding of a product depends on it
+NOISE = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # standard deviations
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("networks", type=Path, nargs="+", metavar="CHECKPOINT", help="trained networks")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of tables and figure")
+    args = parser.parse_args(argv)
+    tables: dict[str, list[dict]] = {"position": [], "noise": [], "errors": []}
+    try:
+        for path in args.networks:
+            network = {"network": path.name.removesuffix(".pth.tar")}
+            for table, row in analyse(path):
+                tables[table].append(network | row)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        (args.output_dir / f"{name}.csv").write_text(to_csv(rows), encoding="utf-8")
+    save(draw(tables), args.output_dir / "memory.png")
+    print(to_csv(tables["errors"]), end="")
+    return 0
+
+
+@torch.no_grad()
+def analyse(path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of the three tables for one network. Accuracies and shares in percent."""
+    checkpoint = checkpoints.load(path)
+    params = checkpoint["params"]
+    model = models.build_model(params)
+    model.load_state_dict(checkpoint["state_dict"])
+    sizes = ("sequence_length", "num_classes", "feature_size", "dataset_seed")
+    test = data.evaluation_set("test", *(params[name] for name in sizes))
+    distances = torch.cdist(test.query[:, None], test.features)[:, 0]  # N x L
+    asked = distances.argmin(1)
+    rank = distances.argsort(1).argsort(1)  # 0: the asked vector itself, 1: the one nearest to it
+    answers = answer(model, test, test.query)
+
+    correct = answers == test.answer
+    for position in range(test.labels.shape[1]):
+        here = asked == position
+        yield "position", {"position": position + 1, "samples": int(here.sum()), "accuracy": percent(correct[here])}
+
+    # Where wrong answers point to: for a label that was shown, the pair that it belongs to.
+    wrong = ~correct
+    shown = test.labels[wrong] == answers[wrong, None]  # errors x L
+    known = shown.any(1)
+    taken = shown[known].long().argmax(1)
+    later = (taken - asked[wrong][known]).double()
+    nearness = rank[wrong][known].gather(1, taken[:, None])[:, 0]
+    yield (
+        "errors",
+        {
+            "sequence_length": test.labels.shape[1],
+            "accuracy": percent(correct),
+            "errors": int(wrong.sum()),
+            "label_not_shown": percent(~known),
+            "of_nearest_vector": percent(nearness == 1),
+            "of_nearest_three": percent(nearness <= 3),
+            "of_later_pair": percent(later > 0),
+            "mean_positions_later": later.mean().item() if len(later) else float("nan"),
+        },
+    )
+
+    generator = torch.Generator().manual_seed(0)
+    for deviation in NOISE:
+        query = test.query + deviation * torch.randn(test.query.shape, generator=generator)
+        nearest = torch.cdist(query[:, None], test.features)[:, 0].argmin(1) == asked
+        accuracy = percent(answer(model, test, query) == test.answer)
+        yield "noise", {"deviation": deviation, "accuracy": accuracy, "nearest": percent(nearest)}
+
+
+def answer(model, test: data.Samples, query: Tensor) -> Tensor:
+    """N labels."""
+    batches = [slice(first, first + BATCH) for first in range(0, len(test), BATCH)]
+    return torch.cat([model(test.features[b], test.labels[b], query[b]).logits.argmax(1) for b in batches])
+
+
+def percent(hits: Tensor) -> float:
+    return round(100 * hits.double().mean().item(), 2) if len(hits) else float("nan")
+
+
+@styled
+def draw(tables: dict[str, list[dict]]) -> Figure:
+    """Accuracy by position and by noise, and where the errors point to."""
+    figure = new_figure(TWO_COLUMNS, 62)
+    position, noise, errors = figure.subplots(1, 3)
+    names = [row["network"] for row in tables["errors"]]
+    colours = dict(zip(names, SERIES * len(names), strict=False))
+    for name in names:
+        for ax, table, x in ((position, "position", "position"), (noise, "noise", "deviation")):
+            rows = [row for row in tables[table] if row["network"] == name]
+            ax.plot([row[x] for row in rows], [row["accuracy"] for row in rows], ".-", ms=2, color=colours[name], label=name)
+    exact = [row for row in tables["noise"] if row["network"] == max(names, key=lambda name: _length(tables, name))]
+    noise.plot([r["deviation"] for r in exact], [r["nearest"] for r in exact], "--", color=GREY, label="exact memory, longest")
+    kinds = {"of_nearest_vector": "of the\nnearest vector", "of_later_pair": "of a\nlater pair", "label_not_shown": "not shown"}
+    width = 0.8 / len(names)
+    for number, row in enumerate(tables["errors"]):
+        places = np.arange(len(kinds)) + (number - (len(names) - 1) / 2) * width
+        errors.bar(places, [row[kind] for kind in kinds], width, color=colours[row["network"]])
+    errors.set_xticks(range(len(kinds)), kinds.values())
+    position.set(title="Position of the asked pair", xlabel="Position", ylabel="Accuracy (%)", ylim=(0, 103))
+    noise.set(title="Noise on the query", xlabel="Standard deviation", ylabel="Accuracy (%)", ylim=(0, 103))
+    errors.set(title="Wrong answers: the label", ylabel="Share of errors (%)", ylim=(0, 103))
+    figure.legend(*noise.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _length(tables: dict[str, list[dict]], name: str) -> int:
+    return sum(row["network"] == name for row in tables["position"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
