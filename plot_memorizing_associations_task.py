@@ -1,92 +1,79 @@
 #!/usr/bin/env python3
-"""Draw one sample's life in a trained network, its training curves, and its accuracy against sequence length.
+"""Draw one sample in a trained network (figures or an animation), training curves, and accuracy against sequence length.
 
 python plot_memorizing_associations_task.py --checkpoint_path runs/quickstart/model_best.pth.tar
 python plot_memorizing_associations_task.py --metrics runs/*/metrics.jsonl --output training.pdf
 """
 
-import csv
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+os.environ.pop("MPLBACKEND", None)  # a notebook's names a module that need not be installed here; no window is needed
+
 import numpy as np
 import torch
-import yaml
-from matplotlib.figure import Figure
 
 import data
 import models
-from models import POPULATIONS, BackendError
-from utils import checkpoints, figures, metrics
+from utils import checkpoints, figures, results
 from utils.errors import UserError, outlive_output, warn_in_one_line
-from utils.options import CURRICULUM, DATA, EXECUTION, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
-from utils.run import OPTIONS
+from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
 
-# Figure -> the option that names what it is drawn from.
+# Figure -> the option that names what it is drawn from. The animation takes its time: it is drawn when asked for by name.
 SOURCE = {
     "overview": "checkpoint_path",
     "memory": "checkpoint_path",
     "membranes": "checkpoint_path",
+    "animation": "checkpoint_path",
     "training": "metrics",
     "lengths": "csv",
 }
 
-# The rows of the figures: title, population while storing, population while recalling.
-ROWS = (
-    ("Encoding population: vectors, query", "features_encoded", "query_encoded"),
-    ("Encoding population: labels", "labels_encoded", None),
-    ("Key neurons", "write_key", "read_key"),
-    ("Value neurons", "write_value", "read_value"),
-)
+METRICS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
 
-def several_files(value: Any) -> tuple[str, ...]:
-    """One file name or several."""
+def several(value: Any) -> tuple[str, ...]:
+    """One path or several."""
     return (value,) if isinstance(value, str) else tuple(map(str, value))
 
 
-def neuron_range(value: Any) -> tuple[int, int]:
-    """First and last neuron."""
-    return _two_numbers(value, int, "two neurons, the first and the last: 0 19")
+def two(kind: type, wanted: str) -> Callable[[Any], tuple]:
+    """A converter of two numbers."""
+
+    def convert(value: Any) -> tuple:
+        try:
+            first, last = map(kind, value)
+        except (TypeError, ValueError):
+            raise ValueError(f"must be {wanted}") from None
+        return first, last
+
+    return convert
 
 
-def time_range(value: Any) -> tuple[float, float]:
-    """Start and end, ms."""
-    return _two_numbers(value, float, "two times in ms, the start and the end: 0 500")
-
-
-def _two_numbers(value: Any, kind: type, wanted: str) -> tuple:
-    try:
-        first, last = map(kind, value)
-    except (TypeError, ValueError):
-        raise ValueError(f"must be {wanted}") from None
-    return first, last
-
-
-def _published(name: str) -> Option:
-    return next(option for option in (*DATA, *EXECUTION, *RUN) if option.name == name)
-
+neuron_range = two(int, "two neurons, the first and the last: 0 19")
+time_range = two(float, "two times in ms, the start and the end: 0 500")
+SHARED = {option.name: option for option in (*DATA, *RUN)}
 
 GROUPS = {
     "network (default: as in the checkpoint)": MODEL,
     "what to draw": (
         Option("checkpoint_path", "", str, "checkpoint of the network to draw; published ones, too"),
-        _published("check_params"),
-        _published("dataset_seed"),
+        SHARED["check_params"],
+        SHARED["dataset_seed"],
         Option("example", 0, int, "sample of the published test set to draw", low=0, high=data.EVALUATION_SAMPLES["test"] - 1),
-        Option("seed", None, int, "choose the sample at random with this seed (--example goes first)", low=0, optional=True),
+        Option("seed", None, int, "choose the sample at random with this seed (--example wins)", low=0, optional=True),
         Option("neurons", None, neuron_range, "draw these neurons only, FIRST LAST", low=0, optional=True, words="N"),
         Option("time_range", None, time_range, "draw this time only, START END in ms", low=0, optional=True, words="MS"),
-        Option("metrics", (), several_files, "metrics files of runs: training curves", words="FILE"),
-        Option("csv", (), several_files, "tables of evaluations: accuracy against sequence length", words="FILE"),
-        Option("figure", "all", str, "which one; all: all into a folder, the first into a file", choices=("all", *SOURCE)),
-        _published("backend"),
+        Option("metrics", (), several, "training curves of these metrics files or folders of runs", words="PATH"),
+        Option("csv", (), several, "accuracy against length, of these tables or folders of runs", words="PATH"),
+        Option("figure", "all", str, "which one; all: all but the animation", choices=("all", *SOURCE)),
     ),
     "where to": (
-        Option("output", "", str, "folder, or PNG, PDF or SVG file for one figure; empty: figures/ beside the input"),
-        Option("format", "png", str, "format of the files in a folder", choices=tuple(figures.FORMATS)),
+        Option("output", "", str, "folder, or file for one figure; empty: beside the input, under its name"),
+        Option("format", "png", str, "format of the figures in a folder", choices=tuple(figures.FORMATS)),
         Option("show", False, bool, "show the figures in windows, too"),
         Option("save_data", "", str, "NumPy file (.npz) for all numbers that the figures are drawn from"),
     ),
@@ -98,47 +85,70 @@ def main(argv=None) -> int:
     outlive_output()
     parser = Parser(__doc__.splitlines()[0], GROUPS)
     options = parser.parse(argv)
-    paths = choose_paths(options, parser)
     try:
-        numbers: dict[str, np.ndarray] = {}
-        drawings = one_sample(options, parser, numbers) | curves(options, numbers)
-        if options["save_data"]:
-            write(Path(options["save_data"]), lambda path: save_numbers(path, numbers))
-        drawn = {name: drawings[name]() for name in paths}
-        for name, path in paths.items():
-            write(path, lambda path, figure=drawn[name]: figures.save(figure, path))
-        if options["show"]:
-            show(list(drawn.values()))
-        return 0
-    except (UserError, BackendError) as error:
+        plot(options, parser)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def plot(options: Options, parser: Parser) -> None:
+    """Everything that happens, in order. What is wrong with the input is reported before anything is computed."""
+    available = [name for name, option in SOURCE.items() if options[option]]
+    if not available:
+        parser.error("nothing to draw: give --checkpoint_path, --metrics or --csv")
+    chosen = [name for name in available if name != "animation"] if options["figure"] == "all" else [options["figure"]]
+    if chosen[0] not in available:
+        parser.error(f"--figure {chosen[0]} needs --{SOURCE[chosen[0]]}")
+    sources = {name: several(options[SOURCE[name]]) for name in chosen}
+    files = figures.choose_files(sources, options["output"], options["format"])
+    data_file = Path(options["save_data"]).expanduser()
+
+    training = read_curves(options["metrics"], lambda run: run.metrics, METRICS)
+    lengths = read_curves(options["csv"], lambda run: run.tests, ("sequence_length", "accuracy"))
+    numbers = {f"{run.label}/{name}": column for run in (*training, *lengths) for name, column in run.columns.items()}
+    if options["checkpoint_path"]:
+        checkpoint = checkpoints.load(options["checkpoint_path"], {name: options[name] for name in options.given})
+        adopt_checkpoint(options, checkpoint, parser)
+        zoom = choose_zoom(options, parser)
+    for path in (*files, *([data_file] if options["save_data"] else [])):
+        figures.check_writable(path)
+
+    if options["checkpoint_path"]:
+        model, sample, output = record(options, checkpoint["state_dict"])
+        trial = trial_of(model, sample, output)
+        print_table(options, checkpoint, trial, output.rates)
+        numbers |= numbers_of(trial, output.rates)
+    draw = {
+        "overview": lambda: figures.overview(trial, zoom),
+        "memory": lambda: figures.memory(trial, zoom),
+        "membranes": lambda: figures.membranes(trial, zoom),
+        "animation": lambda: figures.animate(trial, memory_in_time(model, output.activity, trial), zoom),
+        "training": lambda: figures.training_curves(training, data.TRAINING_SAMPLES),
+        "lengths": lambda: figures.accuracy_by_length(lengths),
+    }
+    drawn = {name: draw[name]() for name in chosen}
+    for path, name in files.items():
+        figures.save(drawn[name], path)
+        print(f"written           {path}")
+    if options["save_data"]:
+        checkpoints.write_atomically(data_file, lambda file: np.savez_compressed(file, **numbers))
+        print(f"written           {data_file}")
+    if options["show"]:
+        figures.show([drawing for name, drawing in drawn.items() if name != "animation"])
 
 
 # One sample
 
 
-def one_sample(options: Options, parser: Parser, numbers: dict[str, np.ndarray]) -> dict[str, Callable[[], Figure]]:
-    """The figures of --checkpoint_path by name, to be drawn when called; adds to `numbers` and prints a table."""
-    if not options["checkpoint_path"]:
-        return {}
-    checkpoint = checkpoints.load(options["checkpoint_path"], {name: options[name] for name in options.given})
-    adopt_checkpoint(options, checkpoint, parser)
-    zoom = choose_zoom(options, parser)
-    trial, rates = record(options, checkpoint["state_dict"])
-    print_table(options, checkpoint, trial, rates)
-    numbers |= numbers_of(trial, rates)
-    return {
-        "overview": lambda: figures.overview(trial, zoom),
-        "memory": lambda: figures.memory(trial, zoom),
-        "membranes": lambda: figures.membranes(trial, zoom),
-    }
-
-
 def adopt_checkpoint(options: Options, checkpoint: Mapping[str, Any], parser: Parser) -> None:
     """Take what is not given from the checkpoint; model options that are given must be the checkpoint's, but for the length."""
     params = checkpoint["params"]
-    options.adopt(params, (*MODEL, _published("dataset_seed")))
+    options.adopt(params, (*MODEL, SHARED["dataset_seed"]))
     differing = options.differences(params, [option for option in MODEL if option is not SEQUENCE_LENGTH])
     if differing and options["check_params"]:
         parser.error(f"{options['checkpoint_path']}: model options differ: {', '.join(differing)}; --check_params 0 overrides")
@@ -166,181 +176,92 @@ def choose_zoom(options: Options, parser: Parser) -> figures.Zoom:
 
 
 @torch.no_grad()
-def record(options: Options, state_dict: Mapping[str, torch.Tensor]) -> tuple[figures.Trial, dict[str, np.ndarray]]:
-    """One sample of the published test set and what the network did with it; firing rates of each population, Hz."""
+def record(options: Options, state_dict: Mapping[str, torch.Tensor]):
+    """The network, one sample of the published test set, and what the network does with it."""
     model = models.build_model(options.values, "reference")  # the plain model alone records membranes
     checkpoints.load_weights(model, state_dict, options["checkpoint_path"])
-
     sizes = (options["sequence_length"], options["num_classes"], options["feature_size"], options["dataset_seed"])
-    example = options["example"]
-    sample = data.evaluation_set("test", *sizes)[example : example + 1]
-    inputs = (sample.features, sample.labels, sample.query)
-    output = model(*inputs, record=True)
-    recorded = output.activity
+    sample = data.evaluation_set("test", *sizes)[options["example"] : options["example"] + 1]
+    return model, sample, model(sample.features, sample.labels, sample.query, record=True)
 
-    def activity(name: str | None) -> figures.Activity | None:
-        if name is None:
-            return None
-        return figures.Activity(name, recorded[name][0].bool().numpy(), recorded["membranes"][name][0].numpy())
 
-    trial = figures.Trial(
+def trial_of(model, sample: data.Samples, output: models.Output) -> figures.Trial:
+    activity = output.activity
+    return figures.Trial(
         features=sample.features[0].numpy(),
         labels=sample.labels[0].numpy(),
         query=sample.query[0].numpy(),
         answer=int(sample.answer[0]),
         logits=output.logits[0].numpy(),
-        memories=recorded["memories"][0].numpy(),
-        populations=[figures.Population(title, activity(store), activity(recall)) for title, store, recall in ROWS],
+        readout_weights=model.output_layer.weight.detach().numpy(),
+        spikes={name: activity[name][0].bool().numpy() for name in models.POPULATIONS},
+        membranes={name: activity["membranes"][name][0].numpy() for name in models.POPULATIONS},
+        memories=activity["memories"][0].numpy(),
         threshold=model.dynamics.neuron.thr,
         num_time_steps=model.dynamics.num_time_steps,
         readout_steps=model.dynamics.readout_steps,
     )
-    return trial, {name: rate[0].numpy() for name, rate in output.rates.items()}
 
 
-def print_table(options: Options, checkpoint: Mapping[str, Any], trial: figures.Trial, rates: Mapping[str, np.ndarray]) -> None:
+def memory_in_time(model, activity: Mapping[str, Any], trial: figures.Trial) -> np.ndarray:
+    """The memory at the times of the animation's frames, frames x M x M: the network's rule on its recorded spikes."""
+    rule, keys, values = model.dynamics.rule, activity["write_key"], activity["write_value"]
+    memory, key_trace, value_trace = (torch.zeros_like(like) for like in (activity["memory"], keys[:, 0], values[:, 0]))
+    times, frames = figures.frame_times(trial.duration_ms), []
+    for step in range(trial.duration_ms + 1):
+        if step in times:
+            frames.append(memory[0].numpy())
+        if step < trial.store_ms:
+            key_trace = rule.update_trace(key_trace, keys[:, step])
+            value_trace = rule.update_trace(value_trace, values[:, step])
+            memory = rule.update(memory, value_trace, key_trace)
+    return np.stack(frames)
+
+
+def print_table(options: Options, checkpoint: Mapping[str, Any], trial: figures.Trial, rates: dict[str, torch.Tensor]) -> None:
     """What the published plot script prints, and which sample it is."""
     print(f"checkpoint        {options['checkpoint_path']}, after {checkpoint['epoch']} epochs")
     print(f"best accuracy     {float(checkpoint['best_acc']):.3f} % (validation)")
     print(f"sample            {options['example']} of the test set, {len(trial.labels)} pairs")
     print(f"answer            {trial.answer}, predicted {int(trial.logits.argmax())}")
     print("mean rate in this sample, Hz")
-    for name in POPULATIONS:
+    for name in models.POPULATIONS:
         print(f"  {name:<16s}{rates[name].mean():9.3f}")
 
 
-def numbers_of(trial: figures.Trial, rates: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def numbers_of(trial: figures.Trial, rates: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """All numbers of a trial by name."""
-    numbers = {name: np.asarray(value) for name, value in trial._asdict().items() if name != "populations"}
-    for population in trial.populations:
-        for activity in (population.store, population.recall):
-            if activity is not None:
-                numbers[f"{activity.name}/spikes"] = activity.spikes
-                numbers[f"{activity.name}/membrane"] = activity.membrane
-                numbers[f"{activity.name}/rates"] = rates[activity.name]
+    numbers = {name: np.asarray(value) for name, value in trial._asdict().items() if not isinstance(value, dict)}
+    for name in models.POPULATIONS:
+        numbers[f"{name}/spikes"], numbers[f"{name}/membrane"] = trial.spikes[name], trial.membranes[name]
+        numbers[f"{name}/rates"] = rates[name][0].numpy()
     return numbers | {"readout": trial.readout}
 
 
 # Training and evaluation
 
 
-def curves(options: Options, numbers: dict[str, np.ndarray]) -> dict[str, Callable[[], Figure]]:
-    """The figures of --metrics and --csv by name, to be drawn when called; adds to `numbers`."""
-    drawings = {}
-    for name, files, read, draw in (
-        ("training", options["metrics"], read_metrics, figures.training_curves),
-        ("lengths", options["csv"], read_table, figures.accuracy_by_length),
-    ):
-        if files:
-            paths = [Path(file) for file in files]
-            records = [read_record(path) for path in paths]
-            runs = [read(*each) for each in zip(paths, labels(paths, records), records, strict=True)]
-            for file, run in zip(files, runs, strict=True):
-                numbers |= {f"{file}/{column}": values for column, values in run.columns.items()}
-            drawings[name] = lambda draw=draw, runs=runs: draw(runs)
-    return drawings
+def read_curves(places: tuple[str, ...], read: Callable, needed: tuple[str, ...]) -> list[figures.Curves]:
+    """The numbers of runs, labelled by the options in which the runs differ (but for the seed).
 
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The options of the run whose folder a file is in, or None where they are not there."""
-    beside = path.with_name(OPTIONS)
-    if not beside.exists():
-        return None
-    try:
-        record = yaml.safe_load(beside.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
-        raise UserError(f"{beside}: cannot be read ({' '.join(str(failure).split())})") from failure
-    if not isinstance(record, dict):
-        raise UserError(f"{beside}: not the options of a run")
-    return record
-
-
-def labels(paths: Sequence[Path], records: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """The options in which the runs differ, but for the seed; runs that differ in nothing else share a label."""
-    if None in records:
-        return [path.resolve().parent.name for path in paths]
-    told = [option.name for option in (*MODEL, *TRAINING, *CURRICULUM) if option.name not in ("seed", "epochs", "start_epoch")]
-    differing = [name for name in told if len({str(record.get(name)) for record in records}) > 1]
-    return [", ".join(f"{name} {record.get(name)}" for name in differing or ("sequence_length",)) for record in records]
-
-
-def read_metrics(path: Path, label: str, record: Mapping[str, Any] | None) -> figures.Curves:
-    """A metrics file: one JSON object an epoch."""
-    try:
-        lines = metrics.read_metrics(path)
-        columns = {name: np.array([line[name] for line in lines], dtype=float) for name in lines[0]}
-    except (ValueError, LookupError, TypeError, AttributeError) as failure:
-        raise UserError(f"{path}: not the metrics file of a run that has finished an epoch") from failure
-    if missing := {name for _, _, series in figures.TRAINING_PANELS for name in series} - columns.keys():
-        raise UserError(f"{path}: not the metrics file of a run, it lacks {', '.join(sorted(missing))}")
-    return figures.Curves(label, columns, num_classes=(record or {}).get("num_classes"))
-
-
-def read_table(path: Path, label: str, record: Mapping[str, Any] | None) -> figures.Curves:
-    """The table of an evaluation over sequence lengths."""
-    try:
-        rows = sorted(csv.DictReader(read_text(path).splitlines()), key=lambda row: int(row["sequence_length"]))
-        columns = {name: np.array([row[name] for row in rows], dtype=float) for name in ("sequence_length", "accuracy", "loss")}
-        num_classes, trained_length = int(rows[0]["num_classes"]), int(rows[0]["trained_length"])
-    except (ValueError, LookupError, TypeError, csv.Error) as failure:
-        raise UserError(f"{path}: not a table that --evaluate writes") from failure
-    return figures.Curves(label, columns, num_classes, trained_length)
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}") from failure
-
-
-# Where to
-
-
-def choose_paths(options: Options, parser: Parser) -> dict[str, Path]:
-    """The file of each figure to draw."""
-    available = [name for name in SOURCE if options[SOURCE[name]]]
-    if not available:
-        parser.error("nothing to draw: give --checkpoint_path, --metrics or --csv")
-    chosen = available if options["figure"] == "all" else [options["figure"]]
-    if chosen[0] not in available:
-        parser.error(f"--figure {chosen[0]} needs --{SOURCE[chosen[0]]}")
-    beside = Path(options["checkpoint_path"] or [*options["metrics"], *options["csv"]][0]).parent
-    output = Path(options["output"] or beside / "figures")
-    kind = output.suffix[1:].lower()
-    if kind in figures.FORMATS and not output.is_dir():
-        return {chosen[0]: output}
-    if kind in Figure().canvas.get_supported_filetypes() and not output.is_dir():
-        parser.error(f"--output {output}: must be a folder or end in {', '.join(f'.{name}' for name in figures.FORMATS)}")
-    return {name: output / f"{name}.{options['format']}" for name in chosen}
-
-
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path)
-    except OSError as failure:
-        raise UserError(f"{path}: cannot be written ({failure.strerror or failure}); choose another place") from failure
-    print(f"written           {path}")
-
-
-def save_numbers(path: Path, numbers: Mapping[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # a name would get the ending .npz, whatever it is
-        np.savez_compressed(file, **numbers)
-
-
-def show(drawn: Sequence[Figure]) -> None:
-    """Open a window for each figure and wait until they are closed."""
-    import matplotlib
-    import matplotlib.pyplot as plt
-
-    for figure in drawn:
-        canvas = plt.figure(figsize=figure.get_size_inches()).canvas
-        canvas.figure = figure
-        figure.set_canvas(canvas)
-    if matplotlib.get_backend().lower() == "agg":
-        raise UserError("--show: there is no display here; look at the files")
-    plt.show()
+    Args:
+        places: files, or folders of runs.
+        read: which table of a run to take.
+    """
+    runs = [run for place in places for run in results.read_results(Path(place).expanduser()) if read(run)]
+    if places and not runs:
+        raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
+    told = [o.name for o in (*MODEL, *TRAINING, *CURRICULUM) if o.name not in ("seed", "epochs", "start_epoch")]
+    differing = [name for name in told if len({str(run.options.get(name)) for run in runs}) > 1] or ["sequence_length"]
+    curves = []
+    for run in runs:
+        columns = results.columns(read(run))
+        if missing := [name for name in needed if name not in columns]:
+            raise UserError(f"{' '.join(places)}: no numbers for {', '.join(missing)}")
+        label = ", ".join(f"{name} {run.options.get(name)}" for name in differing) if run.options else run.name
+        constants = {n: columns[n][0] if n in columns else run.options.get(n) for n in ("num_classes", "trained_length")}
+        curves.append(figures.Curves(label, columns, **{n: v and int(v) for n, v in constants.items()}))
+    return curves
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from torch import Tensor
 
 import data
 import models
-from experiments.runs import to_csv
 from utils import checkpoints
 from utils.errors import UserError
-from utils.figures.style import GREY, SERIES, TWO_COLUMNS, new_figure, save, styled
+from utils.figures import save
+from utils.figures.style import GREY, SERIES, TWO_COLUMNS, new_figure, styled
+from utils.results import to_csv
 
 BATCH = 125  # as the task script tests: the rounding of a product depends on it
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # standard deviations

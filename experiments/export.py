@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from experiments.runs import Result, read_results
 from experiments.summarize import summary
 from utils import checkpoints
 from utils.errors import UserError
 from utils.options import MODEL, TASK_GROUPS
+from utils.results import Result, read_results
 
 HEAD = """# Trained networks
 

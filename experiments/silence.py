@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -27,7 +26,8 @@ from tqdm import tqdm
 import data
 import memorizing_associations_task as task
 import models
-from utils.figures.style import GREY, SERIES, TWO_COLUMNS, add_axes, add_heading, new_figure, save, styled
+from utils.figures import save
+from utils.figures.style import GREY, SERIES, TWO_COLUMNS, heading, new_figure, styled
 from utils.options import CURRICULUM, TASK_GROUPS, Options, Parser
 
 READING = ("read_key", "read_value")
@@ -133,8 +133,10 @@ def draw(tables: list[Path]) -> Figure:
     """The first steps of some trainings, a line each; and for the first, which weights take the reading values their spikes."""
     trainings = {path.stem: read(path) for path in tables}
     figure = new_figure(TWO_COLUMNS, 88)
-    for panel, (title, unit, column) in enumerate(PANELS):
-        ax = _panel(figure, panel, title, unit)
+    axes = figure.subplots(2, 3).flatten()
+    for ax, letter, (title, unit, column) in zip(axes, "abcde", PANELS, strict=False):
+        heading(ax, letter, title)
+        ax.set(xlabel="Training step", ylabel=unit)
         for colour, (name, columns) in zip(SERIES, trainings.items(), strict=False):
             ax.plot(columns["step"], columns[column], color=colour, label=name)
         if column.startswith("rate"):
@@ -142,24 +144,18 @@ def draw(tables: list[Path]) -> Figure:
             ax.set_ylim(0)
         else:
             ax.axhline(0, color=GREY, lw=0.5)
-        if panel == 0:
+        if letter == "a":
             ax.legend(loc="upper right")
     name, columns = next(iter(trainings.items()))
-    ax = _panel(figure, 5, f"Values, recall: {name}", "Change of rate by step (Hz)")
+    ax = axes[-1]
+    heading(ax, "f", f"Values, recall: {name}")
+    ax.set(xlabel="Training step", ylabel="Change of rate by step (Hz)")
     for colour, matrix in zip(SERIES, (column for column in columns if column.startswith("pull/")), strict=False):
         ax.plot(columns["step"], columns[matrix], ".-", ms=2, color=colour, label=f"by {matrix.removeprefix('pull/')} weights")
     ax.set_xlim(-0.5, 12)
     ax.axhline(0, color=GREY, lw=0.5)
     ax.legend(loc="lower right")
     return figure
-
-
-def _panel(figure: Figure, number: int, title: str, unit: str) -> Axes:
-    x, y = 14 + 60.5 * (number % 3), 8 + 44 * (number // 3)
-    add_heading(figure, x - 12, y - 3, "abcdef"[number], title, 12)
-    ax = add_axes(figure, x, y, 45, 27)
-    ax.set(xlabel="Training step", ylabel=unit)
-    return ax
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ python -m experiments.summarize runs/sweep --output_dir runs/sweep/summary
 python -m experiments.summarize runs/sweep --output_dir experiments/results --copy
 python -m experiments.summarize experiments/results --output_dir experiments/results
 
-Runs are read from their folders, or from where --copy kept them (see runs.py). The table states what is not finished.
+Runs are read from their folders, or from where --copy kept them (see utils/results.py). The table states what is not finished.
 """
 
 import argparse
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+import data
 import models
-from experiments.runs import GROUP, Result, read_results, to_csv, write_groups
 from utils.errors import UserError
-from utils.figures import curves
-from utils.figures.style import GREY, ONE_COLUMN, SERIES, new_figure, save, styled
+from utils.figures import curves, save
+from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, new_figure, styled
 from utils.options import CURRICULUM, DATA, MODEL, TRAINING
+from utils.results import GROUP, Result, columns, read_results, to_csv, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
 # The groups of accuracy_against_length, and their labels.
@@ -166,7 +167,7 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
         yield "accuracy_against_length", accuracy_against_length(full)
     for group in dict.fromkeys(result.name.split("/")[0] for result in begun):
         members = [training_curves(result) for result in begun if result.name.split("/")[0] == group]
-        yield f"training_{group}", curves.training_curves(members)
+        yield f"training_{group}", curves.training_curves(members, data.TRAINING_SAMPLES)
     # Out of distribution: with as many classes as pairs, longer sequences than those trained on do not exist.
     apart = [r for r in results if len(r.tests) > 1 and r.options["num_classes"] > r.options["sequence_length"]]
     if apart:
@@ -174,16 +175,14 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
 
 
 def training_curves(result: Result) -> curves.Curves:
-    columns = {name: np.array([epoch[name] for epoch in result.metrics]) for name in result.metrics[0]}
     length = result.options["sequence_length"]
     label = f"{length} pair{'s' * (length > 1)}, {way_of_training(result.options)}"
-    return curves.Curves(label, columns, result.options["num_classes"])
+    return curves.Curves(label, columns(result.metrics), result.options["num_classes"])
 
 
 def tested_lengths(result: Result) -> curves.Curves:
-    columns = {name: np.array([float(test[name]) for test in result.tests]) for name in ("sequence_length", "accuracy")}
     options = result.options
-    return curves.Curves(way_of_training(options), columns, options["num_classes"], options["sequence_length"])
+    return curves.Curves(way_of_training(options), columns(result.tests), options["num_classes"], options["sequence_length"])
 
 
 @styled
@@ -196,7 +195,6 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
             groups.setdefault(row["run"].rpartition("/")[0], []).append(row)
     labels = {group: words for group, words in LINES.items() if group in groups} or {group: group for group in groups}
     figure = new_figure(ONE_COLUMN, 70)
-    figure.set_layout_engine("constrained")
     ax = figure.subplots()
     for (group, label), colour in zip(labels.items(), SERIES * len(labels), strict=False):
         points = [(row["sequence_length"], row["test_accuracy"], row["state"] == "finished") for row in groups[group]]
@@ -208,7 +206,7 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
             ax.plot(*np.array(chosen).reshape(-1, 2).T, "o", ms=2.5, mew=0.5, **look)
     longest = max(row["sequence_length"] for row in rows)
     dense = np.linspace(2, max(longest, 3), 100)
-    ax.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=(0, (3, 1.5)), label="chance: one of the labels shown")
+    ax.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=DASHED, label="chance: one of the labels shown")
     ax.set(xlabel="Sequence length (pairs)", ylabel="Accuracy on the test set (%)", ylim=(0, 103), xlim=(0, longest + 1))
     figure.legend(loc="outside lower left", ncols=2)
     return figure

@@ -36,11 +36,11 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from experiments.runs import COMMANDS
 from utils import checkpoints
 from utils.errors import UserError
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, TASK_GROUPS, TRAINING, Options, Parser
+from utils.results import COMMANDS
 from utils.run import METRICS, OPTIONS, TABLE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import memorizing_associations_task as task
-from experiments import runs, summarize, sweep
+from experiments import summarize, sweep
 from utils import checkpoints
+from utils import results as runs
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

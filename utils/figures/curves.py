@@ -12,21 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from utils.figures.style import (
-    BLACK,
-    GREY,
-    MM_PER_INCH,
-    ONE_COLUMN,
-    SERIES,
-    TWO_COLUMNS,
-    add_axes,
-    add_heading,
-    new_figure,
-    styled,
-)
+from utils.figures.style import BLACK, DASHED, DOTTED, GREY, ONE_COLUMN, SERIES, TWO_COLUMNS, heading, new_figure, styled
 
-LINE_STYLES = ("-", (0, (3, 1.5)), (0, (1, 1)))
-LEGEND_LINE = 3.4  # mm
+LINE_STYLES = ("-", DASHED, DOTTED)
 
 # Title, vertical axis, and the columns with their words in the legend.
 TRAINING_PANELS = (
@@ -49,116 +37,112 @@ class Curves(NamedTuple):
 
 
 @styled
-def training_curves(runs: Sequence[Curves]) -> Figure:
-    """Loss, accuracy, learning rate and firing rates over the epochs."""
-    groups = _by_label(runs)
-    colours = dict(zip(groups, _cycle(len(groups)), strict=True))
-    left, top, width, height, across, down = 14.0, 7.0, 45.0, 30.0, 60.5, 45.0
-    grid = 2 * down + 3
-    figure = new_figure(TWO_COLUMNS, grid + (LEGEND_LINE * len(groups) + 2 if len(groups) > 1 else 0))
-    for panel, (title, unit, series) in enumerate(TRAINING_PANELS):
-        x, y = left + across * (panel % 3), top + down * (panel // 3)
-        add_heading(figure, x - 12, y - 2, "abcdef"[panel], title, 12)
-        ax = add_axes(figure, x, y, width, height)
+def training_curves(runs: Sequence[Curves], samples_per_epoch: int) -> Figure:
+    """Loss, accuracy, learning rate and firing rates (of networks that have any) over the training samples seen."""
+    groups = by_label(runs)
+    panels = [panel for panel in TRAINING_PANELS if any(panel[2].keys() & run.columns.keys() for run in runs)]
+    chance = chance_levels(runs)
+    handles = [*group_lines(groups), *(Line2D([], [], **look) for look in chance.values())]
+    figure = new_figure(TWO_COLUMNS, 44 * -(-len(panels) // 3) + 3.5 * len(handles))
+    axes = figure.subplots(-(-len(panels) // 3), 3, sharex=True).flat
+    for ax, letter, (title, unit, series) in zip(axes, "abcdef", panels, strict=False):
+        heading(ax, letter, title)
+        words_of = []
         for place, (column, words) in enumerate(series.items()):
-            for label, members in groups.items():
-                colour, line = (SERIES[place], "-") if len(groups) == 1 else (colours[label], LINE_STYLES[place])
-                _draw_repetitions(ax, members, "epoch", column, color=colour, ls=line)
-            if words:
-                look = {"color": SERIES[place]} if len(groups) == 1 else {"color": BLACK, "ls": LINE_STYLES[place]}
-                ax.plot([], [], label=words, **look)
-        if title == "Accuracy":
-            _draw_chance(ax, runs, "chance")
+            for colour, (label, members) in zip(SERIES * len(groups), groups.items(), strict=False):
+                look = {"color": colour, "ls": LINE_STYLES[place]} if len(groups) > 1 else {"color": SERIES[place], "ls": "-"}
+                lines = []
+                for run in members:
+                    if column in run.columns:
+                        epochs = run.columns["epoch"] - run.columns["epoch"][0] + 1
+                        lines.append((epochs * samples_per_epoch / 1000, run.columns[column]))
+                draw_repetitions(ax, lines, f"{label} {column}", steps=column == "learning_rate", **look)
+            look = {"color": BLACK, "ls": LINE_STYLES[place]} if len(groups) > 1 else {"color": SERIES[place]}
+            words_of.append(Line2D([], [], label=words, **look))
+        for level, look in chance.items() if title == "Accuracy" else ():
+            ax.axhline(level, **look, zorder=1).set_gid(look["label"])
         ax.set_ylim(0, 103 if title == "Accuracy" else None)
-        ax.set(xlabel="Epoch", ylabel=unit)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        ax.set_ylabel(unit)
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel("Training samples (thousands)")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if len(series) > 1:
-            ax.legend(
-                loc="lower right",
-                bbox_to_anchor=(1.02, 1.0),
-                ncols=3,
-                borderpad=0,
-                columnspacing=0.6,
-                handlelength=1,
-                handletextpad=0.3,
-            )
-    if len(groups) > 1:
-        _draw_labels(figure, groups, colours, left, grid)
+            place = {"loc": "lower right", "bbox_to_anchor": (1.02, 1.0), "ncols": 3}
+            ax.legend(handles=words_of, **place, columnspacing=0.6, handlelength=1, handletextpad=0.3)
+    for ax in axes:
+        ax.set_axis_off()
+    figure.legend(handles=handles, loc="outside lower left", labelspacing=0.35)
     return figure
 
 
 @styled
 def accuracy_by_length(runs: Sequence[Curves]) -> Figure:
     """Accuracy against the length of the tested sequences, with the trained length and two levels of chance."""
-    groups = _by_label(runs)
-    colours = dict(zip(groups, _cycle(len(groups)), strict=True))
-    left, top, height = 13.0, 4.0, 50.0
-    figure = new_figure(ONE_COLUMN, top + height + 11 + LEGEND_LINE * (len(groups) + 3))
-    ax = add_axes(figure, left, top, ONE_COLUMN - left - 4, height)
+    groups = by_label(runs)
+    chance = chance_levels(runs)
+    handles = [*group_lines(groups), *(Line2D([], [], **look) for look in chance.values())]
+    figure = new_figure(ONE_COLUMN, 62 + 3.5 * (len(handles) + 2))
+    ax = figure.subplots()
+    for colour, (label, members) in zip(SERIES * len(groups), groups.items(), strict=False):
+        lines = [(run.columns["sequence_length"], run.columns["accuracy"]) for run in members]
+        draw_repetitions(ax, lines, f"{label} accuracy", color=colour, marker=".", ms=3)
     trained = {run.trained_length for run in runs} - {None}
-    for label, members in groups.items():
-        _draw_repetitions(ax, members, "sequence_length", "accuracy", color=colours[label], ls="-", marker=".", ms=3)
-        for length in sorted({run.trained_length for run in members} - {None}):
-            colour = colours[label] if len(trained) > 1 else BLACK
-            ax.axvline(length, color=colour, lw=0.8, ls=LINE_STYLES[2], zorder=1).set_gid(f"{label} trained length")
-    _draw_chance(ax, runs)
-    lengths = np.unique(np.concatenate([run.columns["sequence_length"] for run in runs]))
+    for length in trained:
+        ax.axvline(length, color=BLACK, lw=0.8, ls=DOTTED, zorder=1).set_gid(f"trained length {length}")
+    for level, look in chance.items():
+        ax.axhline(level, **look, zorder=1).set_gid(look["label"])
+    lengths = np.concatenate([run.columns["sequence_length"] for run in runs])
     dense = np.linspace(lengths.min(), lengths.max(), 200)
-    ax.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=LINE_STYLES[2])
-    ax.set(xlabel="Sequence length at test (pairs)", ylabel="Accuracy (%)")
-    ax.set_ylim(0, 103)
+    ax.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=DOTTED)
+    ax.set(xlabel="Sequence length at test (pairs)", ylabel="Accuracy (%)", ylim=(0, 103))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    levels = [
-        Line2D([], [], color=BLACK, lw=0.8, ls=LINE_STYLES[2], label="length trained on"),
-        Line2D([], [], color=GREY, lw=0.6, ls=LINE_STYLES[1], label="chance: guessing among all classes"),
-        Line2D([], [], color=GREY, lw=0.6, ls=LINE_STYLES[2], label="guessing among the labels that were shown"),
+    handles += [
+        Line2D([], [], color=BLACK, lw=0.8, ls=DOTTED, label="length trained on"),
+        Line2D([], [], color=GREY, lw=0.6, ls=DOTTED, label="guessing among the labels that were shown"),
     ]
-    _draw_labels(figure, groups, colours, left, top + height + 8, levels)
+    figure.legend(handles=handles, loc="outside lower left", labelspacing=0.35)
     return figure
 
 
-def _by_label(runs: Sequence[Curves]) -> dict[str, list[Curves]]:
-    groups: dict[str, list[Curves]] = {}
-    for run in runs:
-        groups.setdefault(run.label, []).append(run)
-    return groups
+def by_label(runs: Sequence[Curves]) -> dict[str, list[Curves]]:
+    return {label: [run for run in runs if run.label == label] for label in dict.fromkeys(run.label for run in runs)}
 
 
-def _cycle(count: int) -> list[str]:
-    return [SERIES[n % len(SERIES)] for n in range(count)]
+def draw_repetitions(ax: Axes, lines: list[tuple[np.ndarray, np.ndarray]], name: str, steps: bool = False, **look) -> None:
+    """Each run as a line; of several, the mean and range where all of them have values.
+
+    Args:
+        steps: each value has held since the x before.
+    """
+    drawn = {"drawstyle": "steps-pre"} if steps else {}
+    lines = [(x[order], y[order]) for x, y in lines for order in [np.argsort(x, kind="stable")]]
+    if steps:
+        lines = [(np.append(0, x), np.append(y[0], y)) for x, y in lines]
+    for x, y in lines:
+        single = look | drawn | ({"marker": "."} if len(x) == 1 else {})
+        (line,) = ax.plot(x, y, **single, **({"lw": 0.3, "alpha": 0.6} if len(lines) > 1 else {}))
+        line.set_gid(name)
+    if len(lines) > 1 and (common := sorted(set.intersection(*(set(x.tolist()) for x, _ in lines)))):
+        values = np.stack([y[np.isin(x, common)] for x, y in lines])
+        step = {"step": "pre"} if steps else {}
+        ax.fill_between(common, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15, lw=0, **step)
+        (mean,) = ax.plot(common, values.mean(axis=0), color=look["color"], ls=look.get("ls", "-"), lw=1.1, **drawn)
+        mean.set_gid(f"mean {name}")
 
 
-def _draw_repetitions(ax: Axes, runs: Sequence[Curves], x: str, y: str, **look) -> None:
-    """Each run as a line; of several, the mean and range where all of them have values."""
-    several = len(runs) > 1
-    for run in runs:
-        single = look | ({"marker": "."} if len(run.columns[x]) == 1 else {})
-        (line,) = ax.plot(run.columns[x], run.columns[y], **single, **({"lw": 0.3, "alpha": 0.6} if several else {}))
-        line.set_gid(f"{run.label} {y}")
-    if several:
-        common = sorted(set.intersection(*(set(run.columns[x].tolist()) for run in runs)))
-        if common:
-            values = np.stack([run.columns[y][np.isin(run.columns[x], common)] for run in runs])
-            ax.fill_between(common, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15, lw=0)
-            (mean,) = ax.plot(common, values.mean(axis=0), **{key: look[key] for key in ("color", "ls")}, lw=1.1)
-            mean.set_gid(f"{runs[0].label} mean {y}")
+def group_lines(groups: Mapping[str, list[Curves]]) -> list[Line2D]:
+    """The legend of the groups."""
+    lines = []
+    for colour, (label, members) in zip(SERIES * len(groups), groups.items(), strict=False):
+        words = f"{label} ({len(members)} runs; thick: mean, shaded: range)" if len(members) > 1 else label
+        lines.append(Line2D([], [], color=colour if len(groups) > 1 else "none", label=words))
+    return lines
 
 
-def _draw_chance(ax: Axes, runs: Sequence[Curves], words: str = "") -> None:
-    for classes in sorted({run.num_classes for run in runs} - {None, 1}):  # of one class there is nothing to guess
-        ax.text(1, 100 / classes + 1, words, transform=ax.get_yaxis_transform(), ha="right", va="bottom", size=6, color=GREY)
-        ax.axhline(100 / classes, color=GREY, lw=0.6, ls=LINE_STYLES[1], zorder=1).set_gid(f"chance of {classes} classes")
-
-
-def _draw_labels(
-    figure: Figure, groups: Mapping[str, list[Curves]], colours: Mapping[str, str], left: float, top: float, more: Sequence = ()
-) -> None:
-    """A legend of the labels below the axes, one a line."""
-    handles = []
-    for label, members in groups.items():
-        words = label + (f" (mean and range of {len(members)} runs)" if len(members) > 1 else "")
-        handles.append(Line2D([], [], color=colours[label], label=words))
-    width, height = figure.get_size_inches() * MM_PER_INCH
-    place = {"loc": "upper left", "bbox_to_anchor": (left / width, 1 - top / height)}
-    figure.legend(handles=[*handles, *more], **place, borderpad=0, labelspacing=0.35)
+def chance_levels(runs: Sequence[Curves]) -> dict[float, dict]:
+    """Accuracy of guessing among all classes, percent -> look and label of its line."""
+    classes = sorted({run.num_classes for run in runs} - {None, 1})  # of one class there is nothing to guess
+    dashes = (DASHED, (0, (7, 1.5)), (0, (3, 1, 1, 1)))
+    look = {"color": GREY, "lw": 0.6}
+    return {100 / count: look | {"ls": dashes[n % 3], "label": f"chance, {count} classes"} for n, count in enumerate(classes)}

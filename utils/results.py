@@ -1,4 +1,4 @@
-"""What runs say, from their folders or kept compactly: three files per group, in place of four per run.
+"""What runs leave to read, in their folders or kept compactly: three files per group, in place of four per run.
 
 GROUP/runs.yaml     options that all runs of the group share; for each run what differs, and the commands that made it
 GROUP/metrics.csv   a row per epoch of each run, every number as in the run's metrics.jsonl
@@ -8,10 +8,11 @@ GROUP/tests.csv     a row per tested length of each run, as in its accuracy_by_l
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from utils.errors import UserError
@@ -33,11 +34,16 @@ class Result(NamedTuple):
 
 
 def read_results(root: Path) -> list[Result]:
-    """All runs below a folder, kept either way, by group, then by length, seed and classes.
+    """All runs below a folder, kept either way, by group, then by length, seed and classes; or what one file of a run holds.
+
+    Args:
+        root: a folder, or a metrics file, or a table of --evaluate (options {} where none are beside it).
 
     Raises:
         UserError: there are none, or a file is damaged.
     """
+    if not root.is_dir():
+        return _checked(root, read_file)
     folders = [path.parent for path in root.rglob(METRICS) if (path.parent / OPTIONS).exists()]
     found = [_checked(folder, lambda folder: [read_run(folder, root)]) for folder in folders]
     found += [_checked(path.parent, lambda group: list(read_group(group, root))) for path in root.rglob(GROUP)]
@@ -51,18 +57,32 @@ def _order(result: Result) -> tuple:
     return group, *(result.options[name] for name in ("sequence_length", "seed", "num_classes")), run
 
 
-def _checked(folder: Path, read) -> list[Result]:
+def _checked(path: Path, read) -> list[Result]:
     try:
-        return read(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as damage:
-        raise UserError(f"{folder}: damaged ({' '.join(str(damage).split())}); leave it out") from damage
+        return read(path)
+    except OSError as failure:
+        raise UserError(f"{path}: {failure.strerror}") from failure
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as damage:
+        raise UserError(f"{path}: damaged ({' '.join(str(damage).split())}); leave it out") from damage
 
 
 def read_run(folder: Path, root: Path) -> Result:
     options = yaml.safe_load(_text(folder / OPTIONS))
-    tests = list(csv.DictReader(_text(folder / TABLE).splitlines()))
     commands = _text(folder / COMMANDS).splitlines()
-    return Result(folder.relative_to(root).as_posix(), options, commands, read_metrics(folder / METRICS), tests)
+    tables = [folder / TABLE, folder / f"model_best.{TABLE}"]  # of --evaluate with --output_dir, and without
+    metrics, tests = read_metrics(folder / METRICS), next(filter(None, map(_read_tests, tables)), [])
+    return Result(folder.relative_to(root).as_posix(), options, commands, metrics, tests)
+
+
+def read_file(path: Path) -> list[Result]:
+    path.stat()  # a file that is asked for by name must be there
+    options = yaml.safe_load(_text(path.with_name(OPTIONS))) or {}
+    metrics, tests = ([], _read_tests(path)) if path.suffix == ".csv" else (read_metrics(path), [])
+    return [Result(path.resolve().parent.name, options, [], metrics, tests)]
+
+
+def _read_tests(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(_text(path).splitlines()))
 
 
 def read_group(folder: Path, root: Path) -> Iterator[Result]:
@@ -79,6 +99,17 @@ def read_group(folder: Path, root: Path) -> Iterator[Result]:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The columns of `metrics` or `tests` that hold a number in every row."""
+    found = {}
+    for name in rows[0] if rows else ():
+        try:
+            found[name] = np.array([row[name] for row in rows], dtype=float)
+        except (ValueError, TypeError, KeyError):
+            continue  # words, or numbers that only some rows have
+    return found
 
 
 def write_groups(results: Iterable[Result], root: Path) -> None:

@@ -1,0 +1,114 @@
+"""One sample in a trained network, in time: inputs, spikes, the memory as it changes, the readout as it decides."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from tqdm import tqdm
+
+from utils.figures import activity
+from utils.figures.activity import ALL, ROWS, Trial, Zoom
+from utils.figures.style import BLACK, GREEN, LIGHT_GREY, TWO_COLUMNS, new_figure, styled
+
+FRAMES, FRAME_MS, LAST_FRAME_MS = 110, 100, 3000  # number of frames, and how long each is shown
+DOTS_PER_INCH = 120
+
+
+def video_formats() -> tuple[str, ...]:
+    """The formats of animations that can be written here."""
+    return ("gif", "mp4") if shutil.which("ffmpeg") else ("gif",)
+
+
+def frame_times(duration_ms: int) -> np.ndarray:
+    """The times of the frames: time steps (ms) done."""
+    return np.unique(np.linspace(0, duration_ms, FRAMES).round().astype(int))
+
+
+@styled
+def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.Image]:
+    """Frames at `frame_times(trial.duration_ms)`. Shows a progress bar.
+
+    Args:
+        memories: the memory at these times, frames x M x M.
+    """
+    times, phases = frame_times(trial.duration_ms), activity.visible_phases(trial, ALL)
+    figure = new_figure(TWO_COLUMNS, 96)
+    figure.set_dpi(DOTS_PER_INCH)
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.8, 1))
+
+    axes = activity.time_grid(left, trial, phases, [10] + [17] * len(ROWS))
+    activity.draw_inputs(axes[0], trial, phases)
+    for line, row in zip(axes[1:], ROWS, strict=True):
+        line[0].set_title(row[0], size=6)
+        for phase, ax in zip(phases, line, strict=True):
+            if name := activity.population_in(phase, row):
+                activity.draw_raster(ax, name, trial.spikes[name], zoom.indices(trial.spikes[name].shape[1]), phase)
+            else:
+                activity.leave_out(ax, "no label\nis shown")
+    columns = zip(phases, axes.T, strict=True)
+    future = [(phase, ax.axvspan(0, 0, color=phase.tint, lw=0)) for phase, column in columns for ax in column if ax.axison]
+
+    matrix, output = right.subplots(2, 1, height_ratios=(1.8, 1))
+    neurons = zoom.indices(memories.shape[-1])
+    memories = memories[:, neurons[:, None], neurons]
+    extent = (neurons[0] - 0.5, neurons[-1] + 0.5) * 2
+    look = {"vmin": 0, "vmax": memories.max() or 1, "origin": "lower", "interpolation": "nearest"}
+    image = matrix.imshow(memories[-1], extent=extent, **look)
+    matrix.set(xlabel="Key neuron", ylabel="Value neuron")
+    read = trial.spikes["read_value"][trial.readout_ms - trial.store_ms :]
+    logits = np.stack([trial.readout_weights @ read[: max(0, t - trial.readout_ms)].sum(axis=0) for t in times])
+    bars = output.bar(range(logits.shape[1]), logits[-1], lw=0)
+    output.set(xlabel="Class", ylabel="Logit", ylim=(logits.min() * 1.1, logits.max() * 1.1 or 1))
+    output.axhline(0, color=BLACK, lw=0.5)
+    matrix.set_title("Memory", loc="center")
+    output.set_title("Output", loc="center")
+
+    # What moves is drawn anew on a background that is drawn once.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    moving = [*(cover for _, cover in future), image, *bars, matrix.title, output.title]
+    for artist in moving:
+        artist.set_animated(True)
+    canvas.draw()
+    background = canvas.copy_from_bbox(figure.bbox)
+    frames = []
+    for t, memory, logit in zip(tqdm(times, "animation", unit=" frames", leave=False), memories, logits, strict=True):
+        for phase, cover in future:
+            start = np.clip(t, phase.low, phase.high)
+            cover.set(x=start, width=phase.high - start)
+        image.set_data(memory)
+        matrix.title.set_text(f"Memory at {t} ms")
+        decided = t > trial.readout_ms
+        output.title.set_text(f"Output: {logit.argmax()}, answer {trial.answer}" if decided else "Output")
+        for n, bar in enumerate(bars):
+            bar.set(height=logit[n], color=GREEN if n == trial.answer else LIGHT_GREY)
+        canvas.restore_region(background)
+        for artist in moving:
+            figure.draw_artist(artist)
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+    return frames
+
+
+def save_animation(frames: list[Image.Image], path: Path) -> None:
+    """Write frames as GIF or, by ffmpeg, as MP4.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if path.suffix.lower() == ".gif":
+        palette = frames[-1].quantize(256)  # one for all: what does not change then costs nothing
+        first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+        first.save(path, append_images=others, save_all=True, loop=0, duration=[*[FRAME_MS] * len(others), LAST_FRAME_MS])
+        return
+    held = [frames[-1]] * (LAST_FRAME_MS // FRAME_MS)
+    width, height = frames[0].size
+    source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {1000 / FRAME_MS} -i -"
+    film = "-pix_fmt yuv420p -vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -r 25"
+    command = ["ffmpeg", "-y", "-loglevel", "error", *source.split(), *film.split(), str(path)]
+    done = subprocess.run(command, input=b"".join(frame.tobytes() for frame in [*frames, *held]), capture_output=True)
+    if done.returncode:
+        raise OSError(f"ffmpeg: {' '.join(done.stderr.decode(errors='replace').split())}")
