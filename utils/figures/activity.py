@@ -239,7 +239,7 @@ def draw_raster(ax: Axes, name: str, spikes: np.ndarray, neurons: np.ndarray, ph
     gap = np.full(len(time), np.nan)  # one line with gaps draws much faster than one line per spike
     x = np.stack([time, time, gap], axis=1) + phase.start
     y = np.stack([neurons[place] - 0.45, neurons[place] + 0.45, gap], axis=1)
-    (line,) = ax.plot(x.ravel(), y.ravel(), color=BLACK, lw=0.5, solid_capstyle="butt", rasterized=True)
+    (line,) = ax.plot(x.ravel(), y.ravel(), color=BLACK, lw=0.5, solid_capstyle="butt", rasterized=True, snap=True)
     line.set(gid=f"{name} spikes", in_layout=False)
     ax.set_ylim(neurons[0] - 0.5, neurons[-1] + 0.5)
 
