@@ -1,6 +1,10 @@
 #!/bin/bash
-# Two nodes with four GPUs each: this program starts one process for each GPU.
-#   sbatch examples/slurm_multiprocessing.sh
+# Two nodes with four GPUs each: this program starts one process per GPU. Submit it from the root of the repository, with an
+# environment active (SLURM passes it on); options of the training may follow:
+#   sbatch examples/slurm_multiprocessing.sh --config configs/quickstart.yaml
+# Several seeds, a folder each:
+#   sbatch --array=1-10 examples/slurm_multiprocessing.sh --config configs/quickstart.yaml
+# Without GPUs: take out --gpus-per-node, and --multiprocessing-distributed and nccl below for --processes_per_node N and gloo.
 #SBATCH --job-name=memorizing_associations
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -8,15 +12,26 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=04:00:00
 #SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm_%j.out
 
-# 120 s before its time is over, the training gets SIGUSR1, saves and leaves. Submitted again, it goes on (--resume auto).
 node0=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000)) # each job its own
-export node0 port
+output=runs/slurm${SLURM_ARRAY_TASK_ID:+_seed$SLURM_ARRAY_TASK_ID}
+seed=${SLURM_ARRAY_TASK_ID:+--seed $SLURM_ARRAY_TASK_ID}
+export node0 port output seed
 
-# One task a node; a failed task ends the others. Without GPUs: --dist-backend gloo --processes_per_node N.
-srun --kill-on-bad-exit=1 bash -c 'exec python memorizing_associations_task.py \
+# One task per node. A task that fails leaves the others the time to say why.
+srun --kill-on-bad-exit=0 --wait=60 bash -c 'exec python memorizing_associations_task.py \
     --dist-url "tcp://$node0:$port" --dist-backend nccl --multiprocessing-distributed \
     --world-size "$SLURM_NNODES" --rank "$SLURM_NODEID" \
-    --output_dir runs/slurm --resume auto'
+    --output_dir "$output" --resume auto $seed "$@"' bash "$@"
+status=$?
+
+# 120 s before its time is over the training gets SIGUSR1, before its nodes are given to another job SIGTERM: it saves and leaves
+# with 138 or 143. The job is queued again then, and resumes.
+if ((status == 138 || status == 143)); then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,6 +1,8 @@
 #!/bin/bash
-# Two nodes with four GPUs each: torchrun starts one process for each GPU.
-#   sbatch examples/slurm_torchrun.sh
+# Two nodes with four GPUs each: torchrun starts one process per GPU. Submit it from the root of the repository, with an
+# environment active (SLURM passes it on); options of the training may follow:
+#   sbatch examples/slurm_torchrun.sh --config configs/quickstart.yaml
+# Without GPUs: take out --gpus-per-node, and write --nproc_per_node N and --dist-backend gloo below.
 #SBATCH --job-name=memorizing_associations
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -8,15 +10,26 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=04:00:00
 #SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm_%j.out
 
-# 120 s before its time is over, torchrun gets SIGTERM and passes it on (SIGUSR1 it would not); the training saves and leaves.
-# Submitted again, it goes on (--resume auto).
 node0=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000)) # each job its own
+output=runs/slurm${SLURM_ARRAY_TASK_ID:+_seed$SLURM_ARRAY_TASK_ID}
+seed=${SLURM_ARRAY_TASK_ID:+--seed $SLURM_ARRAY_TASK_ID}
+before=$(wc -l < "slurm_$SLURM_JOB_ID.out") # lines of an earlier start of this job
 
-# One torchrun a node. Without GPUs: --nproc_per_node N and --dist_backend gloo.
-srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node 4 \
+# One torchrun per node. Its processes get 110 s (not 30) to save after the SIGTERM that it passes on.
+srun --kill-on-bad-exit=0 --wait=60 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node 4 --shutdown_timeout 110 \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$node0:$port" \
     memorizing_associations_task.py --dist-url env:// --dist-backend nccl \
-    --output_dir runs/slurm --resume auto
+    --output_dir "$output" --resume auto $seed "$@"
+status=$?
+
+# torchrun leaves with 1 whether the training failed or was interrupted, but the training prints which. Interrupted, the job is
+# queued again, and resumes.
+if ((status)) && tail -n "+$((before + 1))" "slurm_$SLURM_JOB_ID.out" | grep -q '^interrupted in epoch'; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
