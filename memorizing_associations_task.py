@@ -54,11 +54,14 @@ def main(argv=None) -> int:
         with find_folder(options, checkpoint) as folder:
             options.values["output_dir"] = str(folder)
             return launch.run(train, ranks, options, checkpoint)
-    except (UsageError, rendezvous.RanksError) as error:
+    except UsageError as error:
         parser.error(str(error))
     except (UserError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # outside a training, which saves first
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def prepare(options: Options, checkpoint: dict | None) -> tuple[models.MemorizingAssociations, torch.device]:

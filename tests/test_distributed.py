@@ -20,6 +20,7 @@ import torch
 import memorizing_associations_task as task
 from utils import checkpoints, rendezvous
 from utils.errors import UserError
+from utils.interruption import Interruption
 from utils.options import TASK_GROUPS, Parser
 
 SMALL_TASK = Path(__file__).with_name("small_task.py")
@@ -124,7 +125,7 @@ def check_same_as_single(single: Path, folder: Path, out: str, trace: Path, proc
     assert seen == [step.split()[1:] for step in (single / "trace").read_text().splitlines()]
     files = {path.name for path in single.iterdir()} - {"out", "trace"}
     assert {path.name for path in folder.iterdir()} == files, "one process writes"
-    of_this_run = rf"  [\d,]+ samples/s.*|/\S*/model_best|.* parameters learn .*|^{processes} processes, 62 samples a step\n"
+    of_this_run = r"  [\d,]+ samples/s.*|/\S*/model_best|.* parameters learn .*"
     told, single_told = (re.sub(of_this_run, "", text, flags=re.M) for text in (out, (single / "out").read_text()))
     assert told == single_told, "one process prints"
 
@@ -291,6 +292,37 @@ def test_torchrun_passes_a_signal_on(tmp_path):
     assert status != 0 and out.count("interrupted") == 1
 
 
+def test_interruption_keeps_what_was_ignored():
+    """As `nohup` does, which the program must not undo."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.status == 0
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert interruption.status == 128 + signal.SIGUSR2
+    signal.signal(signal.SIGHUP, previous)
+
+
+def test_ctrl_c_outside_a_training_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rendezvous, "_reachable", interrupted)
+    assert task.main(["--world_size", "2", "--rank", "1", "--dist_backend", "gloo"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_windows_is_told_in_one_line():
+    """Without the modules and signals that Windows lacks, so that no import of them comes first."""
+    program = (
+        "import signal, sys, torch; sys.platform = 'win32'; sys.modules['fcntl'] = None; del signal.SIGUSR1, signal.SIGHUP; "
+        "import memorizing_associations_task"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "WSL2" in done.stderr
+
+
 # Nodes that do not find together
 
 
@@ -345,6 +377,14 @@ def test_nodes_are_counted_as_published(monkeypatch):
         monkeypatch.setenv(name, value)
     torchrun = ranks()
     assert (torchrun.nodes, torchrun.world_size, torchrun.local_rank, torchrun.rank(1)) == (2, 4, 1, 3)
+
+
+def test_the_record_of_two_nodes_runs_again_on_one(tmp_path):
+    options = Parser("", TASK_GROUPS).parse("--world_size 2 --rank 1 --batch_size 31 --dist_url tcp://host:29".split())
+    (tmp_path / "options.yaml").write_text(options.to_yaml())
+    again = Parser("", TASK_GROUPS).parse(["--config", str(tmp_path / "options.yaml")])
+    assert rendezvous.find_ranks(again) is None
+    assert again.step_size == options.step_size == 62
 
 
 @pytest.fixture(autouse=True)

@@ -89,10 +89,6 @@ def _work(job: Job, ranks: Ranks, local_rank: int, options: Options, args: tuple
         _join(ranks, local_rank, options)
         values, args = distributed.broadcast_object((options.values, args))
         options.values = values | {name: options[name] for name in _OWN_OPTIONS}
-        if not options["evaluate"]:
-            nodes = f"{ranks.nodes} nodes, " if ranks.nodes > 1 else ""
-            batch = options["batch_size"] * ranks.nodes
-            distributed.print_rank0(f"{nodes}{ranks.world_size} processes, {batch:,} samples a step")
         return Ending(job(options, *args))
     except KeyboardInterrupt:
         return Ending(128 + SIGINT)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,7 +84,7 @@ def _to_bool(value: Any) -> bool:
 def _to_str(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable():
         raise ValueError(f"must be printable text, not {short(value)}")
-    return value
+    return os.path.expanduser(value)  # of a path such as ~/runs, which no shell has expanded
 
 
 _CONVERTERS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
@@ -237,6 +238,8 @@ class Options:
         for title, options in self.groups.items():
             if record := self.of(option for option in options if option in RECORDED):
                 plain = {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
+                if "batch_size" in plain:
+                    plain["batch_size"] = self.step_size  # of one node that runs it again
                 lines += [f"# {title}", yaml.safe_dump(plain, sort_keys=False).rstrip()]
         return "\n".join(lines) + "\n"
 
@@ -355,7 +358,7 @@ class Parser(argparse.ArgumentParser):
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
-            found = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
+            found = yaml.load(Path(_to_str(path)).read_text(encoding="utf-8"), _Loader)
         except OSError as failure:
             self.error(f"--config {path}: {failure.strerror}")
         except (yaml.YAMLError, ValueError, RecursionError, RuntimeError) as failure:

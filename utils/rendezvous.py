@@ -21,14 +21,10 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.options import Options
 
 _REPORT = 8.0  # seconds for the nodes to report after a failure
-
-
-class RanksError(ValueError):
-    """The options or the environment give this node no ranks; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +55,20 @@ def find_ranks(options: Options) -> Ranks | None:
     """This node's ranks by the options, or by the environment (env://, torchrun). None: one process trains alone.
 
     Raises:
-        RanksError: they give none.
+        UsageError: they give none.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         remedy = "start with torchrun, or unset TORCHELASTIC_RUN_ID"
         names = ("GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
         node, size, processes, local_rank = (_number(name, remedy) for name in names)
         if not processes or size % processes:
-            raise RanksError(f"torchrun: {size} processes do not divide into nodes of {processes}; start as many on each node")
+            raise UsageError(f"torchrun: {size} processes do not divide into nodes of {processes}; start as many on each node")
         return Ranks(*_master(remedy), node, size // processes, processes, local_rank)
 
     url, nodes, node = options["dist_url"], options["world_size"], options["rank"]
     if not (options["multiprocessing_distributed"] or options["processes_per_node"] or nodes > 1 or url == "env://"):
         if node > 0:
-            raise RanksError(f"--rank {node}: there is one node; give their number with --world_size")
+            raise UsageError(f"--rank {node}: there is one node; give their number with --world_size")
         return None
     if url == "env://":
         nodes = _number("WORLD_SIZE", "set the number of nodes, or give --world_size") if nodes == -1 else nodes
@@ -83,14 +79,14 @@ def find_ranks(options: Options) -> Ranks | None:
     nodes = 1 if nodes == -1 else nodes
     node = 0 if node == -1 and nodes == 1 else node
     if nodes < 1:
-        raise RanksError(f"--world_size {nodes}: must be the number of nodes, at least 1")
+        raise UsageError(f"--world_size {nodes}: must be the number of nodes, at least 1")
     if not 0 <= node < nodes:
-        raise RanksError(f"--rank {node}: must be the number of this node, 0 to {nodes - 1} with --world_size {nodes}")
+        raise UsageError(f"--rank {node}: must be the number of this node, 0 to {nodes - 1} with --world_size {nodes}")
     processes = options["processes_per_node"] or 1
     if options["multiprocessing_distributed"] and not options["processes_per_node"] and options["device"] != "cpu":
         processes = max(torch.cuda.device_count(), 1)
     if processes > 1 and (options["gpu"] is not None or options["device"].startswith("cuda:")):
-        raise RanksError(f"--gpu and --device cuda:N name one GPU, but there are {processes} processes; leave them out")
+        raise UsageError(f"--gpu and --device cuda:N name one GPU, but there are {processes} processes; leave them out")
     return Ranks(host, port, node, nodes, processes)
 
 
@@ -99,16 +95,16 @@ def _address(url: str) -> tuple[str, int]:
         parts = urlsplit(url)
         if parts.scheme == "tcp" and parts.hostname and parts.port:
             return parts.hostname, parts.port
-    raise RanksError(f"--dist_url {url}: must be tcp://HOST:PORT, the same on all nodes, or env://")
+    raise UsageError(f"--dist_url {url}: must be tcp://HOST:PORT, the same on all nodes, or env://")
 
 
 def _master(remedy: str) -> tuple[str, int]:
     host = os.environ.get("MASTER_ADDR", "").strip("[]")  # an IPv6 address may stand in brackets
     if not host:
-        raise RanksError(f"environment variable MASTER_ADDR is empty or not set: set the host of node 0, {remedy}")
+        raise UsageError(f"environment variable MASTER_ADDR is empty or not set: set the host of node 0, {remedy}")
     port = _number("MASTER_PORT", f"set a free port of node 0, {remedy}")
     if not 0 < port < 2**16:
-        raise RanksError(f"environment variable MASTER_PORT is {port}: set a free port of node 0, 1 to 65535, {remedy}")
+        raise UsageError(f"environment variable MASTER_PORT is {port}: set a free port of node 0, 1 to 65535, {remedy}")
     return host, port
 
 
@@ -118,7 +114,7 @@ def _number(name: str, remedy: str) -> int:
         return int(text)
     if text.startswith("tcp://"):
         remedy += "; Kubernetes sets this for a service named master (enableServiceLinks: false)"
-    raise RanksError(f"environment variable {name} is {repr(text) if text else 'empty or not set'}, not a number: {remedy}")
+    raise UsageError(f"environment variable {name} is {repr(text) if text else 'empty or not set'}, not a number: {remedy}")
 
 
 class Meeting:
