@@ -111,15 +111,13 @@ class TensorBoard:
     """
 
     def __init__(self, logging: bool):
-        self._writer = None
-        if logging:
+        self._open = self._writer = None
+        if logging and distributed.is_main():
             try:
-                from torch.utils import tensorboard
+                from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--logging needs the package tensorboard: pip install tensorboard") from None
-            self._open = tensorboard.SummaryWriter if distributed.is_main() else None
-        else:
-            self._open = None
+            self._open = SummaryWriter
 
     def start(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
         """Write the epochs of `history` anew: the run may have gone back, or been continued without --logging."""
