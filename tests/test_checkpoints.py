@@ -17,6 +17,7 @@ import data
 import memorizing_associations_task as task
 import models
 import plot_memorizing_associations_task as plot
+from examples import use_as_library
 from experiments import export
 from utils import checkpoints
 from utils.errors import UserError
@@ -287,11 +288,13 @@ def test_weights_alone_of_another_size_than_given(tmp_path, capsys):
     assert "memory_size 30 (checkpoint: 20)" in capsys.readouterr().err
 
 
-def test_a_model_option_that_came_later_has_its_default(tmp_path):
-    torch.save(changed(published(), "params", "tau_trace", None), tmp_path / "earlier.pth.tar")
-    with pytest.warns(UserWarning, match=r"earlier\.pth\.tar does not hold every model option; assumed: tau_trace 20\.0"):
+def test_a_model_option_that_came_later_has_its_default(ours, tmp_path):
+    content = torch.load(ours)
+    del content["digest"], content["params"]["tau_trace"]
+    checkpoints.save(tmp_path / "earlier.pth.tar", content)
+    with pytest.warns(UserWarning, match=r"earlier\.pth\.tar does not hold every model option; assumed: tau_trace 20\.0$"):
         checkpoint = checkpoints.load(tmp_path / "earlier.pth.tar")
-    assert checkpoint["params"] == checkpoints.load(PUBLISHED)["params"]
+    assert checkpoint["params"] == checkpoints.load(ours)["params"]
 
 
 # Use as a library
@@ -310,6 +313,17 @@ def test_a_network_is_saved_loaded_and_evaluated(tmp_path, capsys):
     inputs = torch.rand(4, 2, 10), torch.tensor([[0, 1]] * 4), torch.rand(4, 10)
     with torch.no_grad():
         assert torch.equal(loaded(*inputs).logits, checkpoints.load_model(PUBLISHED, "reference")(*inputs).logits)
+
+
+def test_the_example_recalls_trains_and_saves(tmp_path, capsys):
+    tiny = {"num_classes": 20, "num_time_steps": 10, "embedding_size": 8, "memory_size": 8}
+    checkpoints.save_model(tmp_path / "pretrained.pth.tar", models.build_model(tiny), tiny)
+    use_as_library.recall(str(tmp_path / "pretrained.pth.tar"))
+    use_as_library.train(str(tmp_path / "mine.pth.tar"), steps=2)
+    printed = capsys.readouterr().out
+    assert "of 20 vectors recalled" in printed and "memory: 8 x 8 weights" in printed
+    assert "keys while storing: 200 x 8 (ms x neurons)" in printed
+    assert checkpoints.load_model(tmp_path / "mine.pth.tar").sizes.memory_size == 32
 
 
 def test_a_network_is_not_saved_with_options_of_another(tmp_path):

@@ -211,6 +211,15 @@ def test_a_later_checkpoint_is_not_overwritten_by_an_earlier_one(folder, capsys)
     assert "is later" in refused(capsys, "--resume", folder / checkpoints.BEST, "--epochs", 9)
 
 
+def test_a_checkpoint_that_is_a_symbolic_link_resumes(folder, tmp_path):
+    (folder / checkpoints.LAST).rename(tmp_path / "elsewhere.pth.tar")
+    (folder / checkpoints.LAST).symlink_to(tmp_path / "elsewhere.pth.tar")
+    before = (tmp_path / "elsewhere.pth.tar").read_bytes()
+    assert task.main([*TINY, "--resume", str(folder / checkpoints.LAST), "--epochs", "3"]) == 0
+    assert checkpoints.load(folder / checkpoints.LAST)["epoch"] == 3
+    assert (tmp_path / "elsewhere.pth.tar").read_bytes() == before  # it may be another run's
+
+
 # Disk
 
 

@@ -173,7 +173,12 @@ def load(path: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, 
         params = content.get("params")
         if params is None:
             params = _params_of_weights(content["state_dict"], given or {})
-        params = _completed(params, path)
+        params, missing = _completed(vars(params) if isinstance(params, argparse.Namespace) else params)
+        if missing and not isinstance(
+            content.get("params"), argparse.Namespace
+        ):  # that program knows no others
+            assumed = ", ".join(f"{name} {params[name]}" for name in missing)
+            warnings.warn(f"{path} does not hold every model option; assumed: {assumed}", stacklevel=2)
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror or failure}") from failure
     except ValueError as failure:
@@ -248,7 +253,6 @@ def _converted(content: dict[str, Any]) -> dict[str, Any]:
         tensors[f"optimizer: exp_avg_sq of parameter {number}"] = moment["exp_avg_sq"].sqrt()
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{', '.join(broken)}: holds a number that is not finite; use another checkpoint")
-    params = vars(params) if isinstance(params, argparse.Namespace) else params
     return {"params": params, "state_dict": state_dict, "epoch": epoch or 0, "best_acc": best_acc, "optimizer": optimizer}
 
 
@@ -283,18 +287,20 @@ def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | Non
 
 def _params_of_weights(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes of a network whose weights are all that is known, and the model options that are given."""
-    num_classes, memory_size = state_dict["output_layer.weight"].shape
-    embedding_size, feature_size = state_dict["input_layer.weight"].shape
-    sizes = {"num_classes": num_classes, "memory_size": memory_size}
-    sizes |= {"embedding_size": embedding_size, "feature_size": feature_size}
-    params = {option.name: given[option.name] for option in MODEL if option.name in given} | sizes
+    params = {option.name: given[option.name] for option in MODEL if option.name in given}
+    try:
+        params["num_classes"], params["memory_size"] = state_dict["output_layer.weight"].shape
+        params["embedding_size"], params["feature_size"] = state_dict["input_layer.weight"].shape
+    except (KeyError, ValueError):
+        if "network" not in given:  # another network may have other names
+            raise
     if isinstance(length := params.get("sequence_length"), tuple):  # those to evaluate
         params["sequence_length"] = max(length)
     return params
 
 
-def _completed(params: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """The options that make the network, its data and its training, through the table of options."""
+def _completed(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The options of a run, through the table of options, and the names of the missing ones that take their defaults."""
     completed = {}
     for option in RECORDED:
         if option.name in params:
@@ -305,10 +311,7 @@ def _completed(params: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
             except (TypeError, ValueError) as wrong:
                 raise ValueError(f"params: {option.name} {wrong}") from wrong
     missing = {option.name: option.default for option in MODEL if option.name not in completed}
-    if missing:
-        assumed = ", ".join(f"{name} {value}" for name, value in missing.items())
-        warnings.warn(f"{path} does not hold every model option; assumed: {assumed}", stacklevel=3)
-    return missing | completed
+    return missing | completed, list(missing)
 
 
 # The digest
