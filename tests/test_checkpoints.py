@@ -180,8 +180,9 @@ def test_damaged_fields_are_named(message, path, tmp_path):
         ("params", "thr", 0.2),
         ("history", 0, "train_loss", 1.1999999),
         ("digest", "0" * 64),
+        ("state_dict", "writing_layer.W", lambda w: w.reshape(32, 40)),
     ],
-    ids=range(4),
+    ids=range(5),
 )
 def test_what_only_the_digest_can_tell_is_refused(path, ours, tmp_path):
     torch.save(changed(torch.load(ours), *path), tmp_path / "changed.pth.tar")
@@ -242,6 +243,14 @@ def test_networks_without_adam_are_read_all_the_same(kind, tmp_path):
     assert checkpoint["optimizer"] is None
     assert checkpoints.load(PUBLISHED)["optimizer"] is not None
     assert checkpoint["epoch"] == (0 if kind == "stripped" else 2)
+
+
+def test_an_exported_network_is_without_adam(ours, tmp_path):
+    export.export(ours, tmp_path / "network.pth.tar")
+    assert checkpoints.load(tmp_path / "network.pth.tar")["optimizer"] is None
+    optimizer = {"state": {}, "param_groups": checkpoints.load(ours)["optimizer"]["param_groups"]}  # as in earlier exports
+    checkpoints.save(tmp_path / "network.pth.tar", checkpoints.load(ours) | {"optimizer": optimizer})
+    assert checkpoints.load(tmp_path / "network.pth.tar")["optimizer"] is None
 
 
 def test_adam_of_old_pytorch_counts_its_steps_in_plain_numbers(tmp_path):

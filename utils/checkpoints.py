@@ -174,9 +174,7 @@ def load(path: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, 
         if params is None:
             params = _params_of_weights(content["state_dict"], given or {})
         params, missing = _completed(vars(params) if isinstance(params, argparse.Namespace) else params)
-        if missing and not isinstance(
-            content.get("params"), argparse.Namespace
-        ):  # that program knows no others
+        if missing and not isinstance(content.get("params"), argparse.Namespace):  # that program knows no others
             assumed = ", ".join(f"{name} {params[name]}" for name in missing)
             warnings.warn(f"{path} does not hold every model option; assumed: {assumed}", stacklevel=2)
     except OSError as failure:
