@@ -49,7 +49,8 @@ class Samples:
 
 def sizes(options: Mapping[str, Any], **others: int) -> dict[str, int]:
     """What defines a set of samples, from a mapping of options under their published names, or from `others`."""
-    return {name: options[name] for name in ("sequence_length", "num_classes", "feature_size", "dataset_seed")} | others
+    names = ("sequence_length", "num_classes", "feature_size", "dataset_seed")
+    return {name: others[name] if name in others else options[name] for name in names}
 
 
 def evaluation_set(split: str, sequence_length: int, num_classes: int, feature_size: int, dataset_seed: int) -> Samples:

@@ -65,3 +65,29 @@ def test_orders_of_a_fixed_set():
     assert sorted(first) == list(range(data.TRAINING_SAMPLES))
     assert (first != second).any()
     assert (first == data.training_order(0, 42)).all()
+
+
+def test_the_fixed_set_is_generated_once(monkeypatch):
+    calls, generate = [], data.training_samples
+    monkeypatch.setattr(data, "training_samples", lambda *arguments: calls.append(arguments) or generate(*arguments))
+    sizes = data.sizes({"sequence_length": 2, "num_classes": 3, "feature_size": 4}, dataset_seed=5)
+    parts = [data.fixed_training_samples(start, start + 3000, epoch=7, **sizes) for start in (0, 3000, 6000)]
+    assert len(calls) == 1
+    order = torch.from_numpy(data.training_order(7, 5))
+    assert torch.equal(torch.cat([part.features for part in parts]), generate(0, 9000, 0, **sizes).features[order])
+
+
+def test_lengths_of_a_curriculum_and_of_mixed_lengths():
+    grown = [data.training_length(0, epoch, 6, 42, curriculum_start=2, curriculum_step=3) for epoch in range(4)]
+    assert grown == [2, 5, 6, 6]
+    mixed = [data.training_length(start, 1, 6, 42, 2, 3, mixed_lengths=3) for start in range(300)]
+    counts = np.bincount(mixed, minlength=7)
+    assert set(mixed) == {3, 4, 5} and counts[3:6].min() > 70  # uniform over the lengths of this epoch
+    assert mixed != [data.training_length(start, 2, 6, 42, 2, 3, mixed_lengths=3) for start in range(300)]
+    assert [data.training_length(start, 0, 6, 42) for start in range(3)] == [6, 6, 6]
+
+
+def test_a_field_of_samples_can_be_replaced():
+    samples = draw(0, 5)
+    changed = dataclasses.replace(samples, query=samples.query + 1)
+    assert torch.equal(changed.query, samples.query + 1) and changed.labels is samples.labels

@@ -1,8 +1,9 @@
-"""Random command lines and YAML files for both scripts: never a traceback; invalid ones exit with 2 and name the option."""
+"""Options of both scripts, on the command line and in YAML: never a traceback; an error is one line that names the option."""
 
 import contextlib
 import io
 import os
+import re
 
 import golden
 import hypothesis
@@ -13,14 +14,14 @@ from hypothesis import strategies as st
 import memorizing_associations_task as task
 import plot_memorizing_associations_task as plot
 from utils.errors import UserError
-from utils.options import TASK_GROUPS
+from utils.options import TASK_GROUPS, Parser
 
 PUBLISHED = str(golden.FOLDER / "published_format_checkpoint.pth.tar")
 TABLES = {
     "train": {o.name: o for group in TASK_GROUPS.values() for o in group},
     "plot": {o.name: o for group in plot.GROUPS.values() for o in group},
 }
-EXAMPLES = int(os.environ.get("OPTIONS_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("OPTIONS_EXAMPLES", "25"))
 many = hypothesis.settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True, database=None
 )
@@ -39,23 +40,17 @@ def stop_after_the_options(monkeypatch, tmp_path):
     monkeypatch.setattr(plot, "record", stop)
 
 
-def outcome(script: str, arguments: list[str]) -> tuple[int, list[str]]:
-    """Exit status of a script and the lines it writes to stderr."""
+def outcome(script: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit status of a script, and its error, which must be one line."""
     out, err = io.StringIO(), io.StringIO()
-    command = {"train": task.main, "plot": plot.main}[script]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = command(arguments)
+            status = {"train": task.main, "plot": plot.main}[script](arguments) or 0
         except SystemExit as end:
-            status = end.code
-    return status or 0, err.getvalue().splitlines()
-
-
-def told(script: str, arguments: list[str]) -> tuple[int, str]:
-    """The same; an error must be one line."""
-    status, lines = outcome(script, arguments)
-    assert status in (0, 1, 2)
+            status = end.code or 0
+    lines = err.getvalue().splitlines()
     errors = [line for line in lines if "error: " in line]
+    assert status in (0, 1, 2)
     assert len(errors) == (status != 0), lines
     assert all("error: " in line or line.startswith("warning: ") for line in lines), lines
     return status, errors[0] if errors else ""
@@ -64,25 +59,151 @@ def told(script: str, arguments: list[str]) -> tuple[int, str]:
 def in_yaml(script: str, text: str | bytes) -> tuple[int, str]:
     with open("options.yaml", "wb") as file:
         file.write(text if isinstance(text, bytes) else text.encode(errors="surrogateescape"))
-    return told(script, ["--config", "options.yaml", *needed(script)])
+    return outcome(script, ["--config", "options.yaml", *(["--checkpoint_path", PUBLISHED] if script == "plot" else [])])
 
 
-def needed(script: str) -> list[str]:
-    return ["--checkpoint_path", PUBLISHED] if script == "plot" else []
+def given(*words: str) -> dict:
+    options = Parser("", TASK_GROUPS).parse(words)
+    return {name: options[name] for name in options.given}
 
 
-def one_of(script: str):
-    return st.sampled_from(sorted(TABLES[script]))
+# The command line, frozen
+
+PUBLISHED_DEFAULTS = """{
+    sequence_length: 10, num_classes: 10, feature_size: 10, inf_data: 1, num_time_steps: 100, workers: 4, prefetch_factor: 2,
+    embedding_size: 80, memory_size: 100, w_max: 1.0, gamma_pos: 0.3, gamma_neg: 0.3, tau_trace: 20.0, readout_delay: 1,
+    thr: 0.1, perfect_reset: false, refractory_time_steps: 3, tau_mem: 20.0, dampening_factor: 1.0, epochs: 250,
+    batch_size: 512,
+    learning_rate: 0.003, learning_rate_decay: 0.85, decay_learning_rate_every: 20, max_grad_norm: 40.0,
+    l2: 1.0e-5,
+    target_rate: 0.0, start_epoch: 0, resume: "", check_params: 1, evaluate: false, logging: false, print_freq: 1,
+    world_size: -1, rank: -1, dist_url: "tcp://127.0.0.1:23456", dist_backend: nccl, seed: null, dataset_seed: 42, gpu: null,
+    multiprocessing_distributed: false}"""
 
 
-NUMBER_WORDS = ("ten", "", " ", "1e", "0x10", "--", "1,5", "None", "true", "[1]", "𝟙x", "\x00", "1\n2", "nan", "inf", "-inf")
+def test_every_published_option_has_its_default_and_both_spellings(capsys):
+    for name, default in yaml.safe_load(PUBLISHED_DEFAULTS).items():
+        assert TABLES["train"][name].default == default
+        for spelling in (name, name.replace("_", "-")):
+            value = {"perfect_reset": "", "evaluate": "", "logging": "", "multiprocessing_distributed": ""}.get(name)
+            words = [f"--{spelling}"] if value is not None else [f"--{spelling}", "none" if default is None else str(default)]
+            assert given(*words) == {name: True if value is not None else default}
+    with pytest.raises(SystemExit):
+        Parser("", TASK_GROUPS).parse(["--help"])
+    usage, help = capsys.readouterr().out.split("\n\n", 1)
+    assert len(usage.splitlines()) <= 2
+    assert help.count("--dist_url ") == 1 and "--dist-url" not in help
+
+
+def test_flags_override_yaml_and_a_later_file_an_earlier_one(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("memory_size: 30\nl2: 1e-4\ntau-mem: 15\nperfect_reset: true\nseed: null\n")
+    (tmp_path / "b.yaml").write_text("tau_mem: 16\n")
+    words = "--config a.yaml --config b.yaml --memory-size 40 --no-perfect-reset --print_options".split()
+    assert task.main(words) == 0
+    options = yaml.safe_load(capsys.readouterr().out)
+    assert (options["memory_size"], options["l2"], options["tau_mem"], options["seed"]) == (40, 1e-4, 16.0, None)
+    assert options["perfect_reset"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("--evaluate False", {"evaluate": False}),
+        ("--evaluate", {"evaluate": True}),
+        ("--no-logging --perfect-reset=true", {"logging": False, "perfect_reset": True}),
+        ("--max_grad_norm -1e-3 --rank -1", {"max_grad_norm": -1e-3, "rank": -1}),
+        ("--sequence_length 2-4 7", {"sequence_length": (2, 3, 4, 7)}),
+        ("--sequence_length 2,5", {"sequence_length": (2, 5)}),
+        ("--seed none", {"seed": None}),
+        ("--output_dir=~/x", {"output_dir": os.path.expanduser("~/x")}),
+    ],
+)
+def test_words_of_the_command_line(words, values):
+    assert given(*words.split()) == values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("--sequence_length 11", "--sequence_length 11 is more than --num_classes 10"),
+        ("--sequence_length 0", "--sequence_length: must be at least 1"),
+        ("--sequence_length 2-5", "--sequence_length: several lengths are for --evaluate"),
+        ("--sequence_length 5-2 --evaluate", "--sequence_length: must be one length or several"),
+        ("--memory_size 0", "--memory_size: must be at least 1"),
+        ("--memory-size 1.5", "--memory_size: must be a whole number"),
+        ("--tau_mem -20", "--tau_mem: must be greater than 0"),
+        ("--thr nan", "--thr: must be finite"),
+        ("--readout_delay 0", "--readout_delay: must be at least 1"),
+        ("--refractory_time_steps 9223372036854775807", "--refractory_time_steps: must be at most"),
+        ("--backend fast", "--backend: must be one of auto"),
+        ("--inf_data 2", "--inf_data: must be one of 0, 1"),
+        ("--perfect_reset maybe", "--perfect_reset: must be true or false, not 'maybe'"),
+        ("--no-thr", "--no-thr: no such option"),
+        ("--lr 1", "--lr: no such option, did you mean learning_rate?"),
+        ("--seq_len 5", "--seq_len: no such option, did you mean sequence_length?"),
+        ("--batchsize=5", "--batchsize: no such option, did you mean batch_size?"),
+        ("--local-rank=0", "--local-rank: no such option; start the processes by torchrun"),
+        ("--config no.yaml", "no.yaml: No such file"),
+        ("--config .", "--config .: Is a directory"),
+        ("--curriculum_start 11", "--curriculum_start 11"),
+        ("word", "unrecognized arguments: word"),
+    ],
+)
+def test_impossible_command_lines_are_refused(arguments, names):
+    status, error = outcome("train", arguments.split())
+    assert status == 2
+    assert names in error
+
+
+@scripts
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("thr: 0.1\nthr: 0.2\n", "thr is there twice"),
+        ("tau-mem: 1\ntau_mem: 1\n", "tau_mem is there twice"),
+        ("thr: 1e400\n", "thr: must be finite"),
+        ("seed: 1:30\n", "seed: must be a whole number, not '1:30'"),
+        ("memory_size: [1, 2]\n", "memory_size: must be a whole number"),
+        ("memory_size:\n", "memory_size: needs a value"),
+        ("memory_size: " + "9" * 5000 + "\n", "memory_size: must be a whole number"),
+        ("perfect_reset: 1\n", "perfect_reset: must be true or false"),
+        ("memory_sise: 3\n", "memory_sise: no such option, did you mean memory_size?"),
+        ("? [a, b]\n: 3\n", "no such option"),
+        ("null: 2\n", "None: no such option"),
+        ("- memory_size\n", "must hold lines like"),
+        ("just text\n", "must hold lines like"),
+        ("thr: *nothing\n", "not a YAML file of options"),
+        ("thr: !!python/object/apply:os.system ['touch ran']\n", "thr: must be a number"),
+        ("thr: &a [*a]\n", "options.yaml"),
+        ("a: 1\n--- \nb: 2\n", "options.yaml"),
+        ("[" * 20_000, "options.yaml"),
+        (b"\xff\xfe\x00\x01", "options.yaml"),
+    ],
+    ids=range(19),
+)
+def test_odd_yaml_is_refused(script, text, named):
+    status, error = in_yaml(script, text)
+    assert status == 2
+    assert "options.yaml" in error and named in error
+    assert not os.path.exists("ran")
+
+
+def test_yaml_scalars_are_the_words_of_the_command_line():
+    assert in_yaml("train", "l2: 1e-5\nlearning_rate: 1\nseed: null\nmemory_size: &size 20\nembedding-size: *size\n") == (0, "")
+    with open("options.yaml", "w") as file:
+        file.write("seed: 010\n")
+    assert given("--config", "options.yaml") == {"seed": 10}
+    assert in_yaml("train", "") == (0, "")
+
+
+# Any option, any value
 
 
 def wrong_words(option) -> st.SearchStrategy | None:
     """Words that cannot be a value of the option."""
     if option.kind not in (int, float) or option.words:
         return st.sampled_from(["no such", "ALL", ""]) if option.choices else None
-    wrong = [st.sampled_from(NUMBER_WORDS)]
+    wrong = [st.sampled_from(("ten", "", " ", "0x10", "--", "1,5", "None", "true", "[1]", "\x00", "1\n2", "nan", "-inf"))]
     if option.kind is int:
         wrong.append(st.floats(allow_nan=False).filter(lambda x: "." in repr(x) or "e" in repr(x)).map(repr))
     if option.low is not None:
@@ -91,161 +212,34 @@ def wrong_words(option) -> st.SearchStrategy | None:
         wrong.append(st.floats(max_value=option.above, allow_nan=False, allow_infinity=False).map(repr))
     if option.high is not None:
         wrong.append(st.integers(min_value=int(option.high) + 1).map(str))
-    if option.choices:
-        wrong.append(st.integers().filter(lambda n: n not in option.choices).map(str))
     return st.one_of(wrong)
 
 
-def right_values(option) -> st.SearchStrategy:
-    if option.choices:
-        return st.sampled_from(option.choices)
-    if option.kind is bool:
-        return st.booleans()
-    if option.kind is int:
-        low = 0 if option.low is None else int(option.low)
-        return st.integers(low, min(low + 10**6, int(option.high or 10**30)))
-    if option.kind is float:
-        low = option.above if option.above is not None else option.low or 0.0
-        return st.floats(low, min(1e6, option.high or 1e6), exclude_min=option.above is not None)
-    return st.just(option.default)
-
-
 @scripts
 @many
 @hypothesis.given(draws=st.data())
-def test_wrong_words_exit_with_2_and_name_the_option(script, draws):
-    name = draws.draw(one_of(script).filter(lambda name: wrong_words(TABLES[script][name]) is not None))
-    word = draws.draw(wrong_words(TABLES[script][name]))
-    spelling = draws.draw(st.sampled_from([f"--{name}", f"--{name.replace('_', '-')}"]))
-    status, error = told(script, [f"{spelling}={word}", *needed(script)])
-    assert status == 2
-    assert name in error.replace("-", "_")
-
-
-@scripts
-@many
-@hypothesis.given(draws=st.data())
-def test_wrong_yaml_values_exit_with_2_and_name_the_option(script, draws):
+def test_wrong_values_exit_with_2_and_name_the_option(script, draws):
     table = TABLES[script]
-    name = draws.draw(one_of(script))
-    kind, wrong = table[name].kind, [[], {}, {"a": 1}, [[1, [2]]], "2026-11-23", b"bytes"]
-    wrong += {int: [True, 1.5, "word", [1]], float: [False, "word", [1.0]], bool: [1, 0, "maybe"], str: [1, 2.5, True]}.get(
-        kind, []
-    )
-    value = draws.draw(st.sampled_from(wrong))
-    hypothesis.assume(not (kind is str and isinstance(value, str) and not table[name].choices))
-    hypothesis.assume(not table[name].words)
-    text = yaml.safe_dump({name: value}) if value != "2026-11-23" else f"{name}: 2026-11-23\n"
-    status, error = in_yaml(script, text)
+    name = draws.draw(st.sampled_from(sorted(table)).filter(lambda name: wrong_words(table[name]) is not None))
+    word = draws.draw(wrong_words(table[name]))
+    status, error = draws.draw(st.sampled_from([
+        lambda: outcome(script, [f"--{name.replace('_', '-')}={word}"]),
+        lambda: in_yaml(script, yaml.safe_dump({name: word})),
+    ]))()  # fmt: skip
     assert status == 2
-    assert name in error
+    assert re.search(rf"\b{name}\b", error)
 
 
 @scripts
 @many
 @hypothesis.given(draws=st.data())
-def test_valid_options_are_taken_from_both_places(script, draws):
-    table = TABLES[script]
-    model = {"sequence_length", "num_classes", "curriculum_start", "mixed_lengths"}  # these depend on one another
-    free = sorted(
-        set(table) - model - {"resume", "evaluate", "rank", "world_size", "dist_url", "device", "gpu", "print_options"}
-    )
-    free = [name for name in free if not table[name].words and not (script == "plot" and name in TABLES["train"])]
-    hypothesis.assume(free)
-    names = draws.draw(st.lists(st.sampled_from(free), unique=True, max_size=6))
-    values = {name: draws.draw(right_values(table[name])) for name in names if name != "checkpoint_path"}
-    values.pop("processes_per_node", None)
-    values.pop("figure", None)  # some need other files
-    status, error = in_yaml(script, yaml.safe_dump(values))
-    assert (status, "stopped" in error) == ((0, False) if script == "train" else (1, True)), error
-    words = [
-        f"--{n}={v}" if not isinstance(v, bool) else f"--{'' if v else 'no-'}{n}" for n, v in values.items() if v is not None
-    ]
-    assert told(script, [*words, *needed(script)]) == (status, error)
-
-
-@scripts
-@many
-@hypothesis.given(draws=st.data())
-def test_any_command_line(script, draws):
-    spelled = one_of(script).map(lambda name: f"--{name}")
-    word = st.one_of(spelled, spelled, st.text(max_size=8), st.integers().map(str), st.floats().map(repr))
+def test_any_command_line_and_any_yaml_file(script, draws):
+    option = st.sampled_from(sorted(TABLES[script]))
+    scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates())
+    word = st.one_of(option.map(lambda name: f"--{name}"), st.text(max_size=8), st.integers().map(str), st.floats().map(repr))
     words = draws.draw(st.lists(word, max_size=8))
     hypothesis.assume("--show" not in words)
-    told(script, words)
-
-
-@scripts
-@many
-@hypothesis.given(draws=st.data())
-def test_any_yaml_file(script, draws):
-    scalar = st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=8), st.dates()
-    )
-    value = st.recursive(
-        scalar, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=8
-    )
-    key = st.one_of(one_of(script), one_of(script), st.text(max_size=8), st.integers(), st.none(), st.dates(), st.booleans())
-    told_of = draws.draw(st.dictionaries(key, value, max_size=5))
-    in_yaml(script, yaml.safe_dump(told_of))
-
-
-@scripts
-@many
-@hypothesis.given(content=st.one_of(st.binary(max_size=60), st.text(max_size=60)))
-def test_any_file_as_yaml(script, content):
-    in_yaml(script, content)
-
-
-@scripts
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("thr: 0.1\nthr: 0.2\n", "thr"),
-        ("thr: 1e400\n", "thr"),
-        ("thr: .nan\n", "thr"),
-        ("memory_size: 1_0.5\n", "memory_size"),
-        ("memory_size: 0x\n", "memory_size"),
-        ("memory_size: [1, 2]\n", "memory_size"),
-        ("memory_size: 12:30:45.5\n", "memory_size"),
-        ("memory_size:\n", "memory_size"),
-        ("memory_size: " + "9" * 5000 + "\n", "options.yaml"),
-        ("perfect_reset: 1\n", "perfect_reset"),
-        ("memory_sise: 3\n", "memory_size"),
-        ("? [a, b]\n: 3\n", "options.yaml"),
-        ("1: 2\n", "1"),
-        ("null: 2\n", "None"),
-        ("- memory_size\n", "options.yaml"),
-        ("just text\n", "options.yaml"),
-        ("thr: *nothing\n", "options.yaml"),
-        ("thr: !!python/object/apply:os.system ['touch ran']\n", "options.yaml"),
-        ("thr: &a [*a]\n", "thr"),
-        ("a: 1\n--- \nb: 2\n", "options.yaml"),
-        ("[" * 20_000, "options.yaml"),
-        ("thr: " + "[" * 3000 + "]" * 3000, "options.yaml"),
-        (b"\xff\xfe\x00\x01", "options.yaml"),
-        (bytes(range(256)), "options.yaml"),
-        ("\t- x: [\n", "options.yaml"),
-    ],
-    ids=range(25),
-)
-def test_odd_yaml_files(script, text, named):
-    status, error = in_yaml(script, text)
-    assert status == 2
-    assert named in error
-    assert not os.path.exists("ran")
-
-
-def test_odd_yaml_that_is_valid():
-    assert in_yaml("train", "l2: 1e-5\nmemory_size: 010\nlearning_rate: 1\nseed: null\n") == (0, "")
-    assert in_yaml("train", "x-size: &size 20\nmemory_size: *size\n")[0] == 2
-    assert in_yaml("train", "memory_size: &size 20\nembedding-size: *size\n") == (0, "")
-    assert in_yaml("train", "") == (0, "")
-
-
-@scripts
-@pytest.mark.parametrize("path", ["absent.yaml", ".", "/dev/null/x", "a" * 5000, "\x00"])
-def test_config_that_cannot_be_read(script, path):
-    status, error = told(script, ["--config", path])
-    assert status == 2
-    assert "--config" in error
+    outcome(script, words)
+    value = scalar | st.lists(scalar, max_size=3) | st.dictionaries(st.text(max_size=3), scalar, max_size=3)
+    in_yaml(script, yaml.safe_dump(draws.draw(st.dictionaries(option | scalar, value, max_size=5))))
+    in_yaml(script, draws.draw(st.one_of(st.binary(max_size=60), st.text(max_size=60))))
