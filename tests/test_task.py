@@ -120,7 +120,7 @@ def refuse(capsys, *arguments, status=1):
 
 def test_two_training_steps_are_those_of_the_equations():
     """Cross entropy, from the second epoch on the regularization, clipping that acts, Adam: written again in plain PyTorch."""
-    options = parse("--batch_size", 9, "--max_grad_norm", 0.05, "--l2", 1e-4, "--target_rate", 3)
+    options = parse("--num_time_steps", 30, "--max_grad_norm", 0.05, "--l2", 1e-4, "--target_rate", 3)
     torch.manual_seed(4)
     model, twin = (models.build_model(options.values, "reference").double() for _ in range(2))
     twin.load_state_dict(model.state_dict())
