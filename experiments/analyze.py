@@ -2,8 +2,9 @@
 
 python -m experiments.analyze pretrained/*.pth.tar --output_dir experiments/results/analysis
 
-Everything is on the published test set (2,000 samples) at the length trained on. Writes position.csv, noise.csv, errors.csv and
-memory.png. Noise is Gaussian and added to every component of the query, which is not clipped; `nearest` is the share of samples
+Everything is on the published test set (2,000 samples) at the length trained on. Writes position.csv, noise.csv, errors.csv,
+pause.csv, depression.csv and memory.png. A pause is one pair's time without input between the last pair and the query. Depression
+is gamma_neg at the test alone; the weights stay those trained with another. Noise is Gaussian and added to every component of the query, which is not clipped; `nearest` is the share of samples
 in which the asked vector is still the nearest to the query: what an exact memory would answer.
 """
 
@@ -25,6 +26,7 @@ from utils.figures import save
 from utils.figures.style import GREY, SERIES, TWO_COLUMNS, new_figure, styled
 from utils.results import to_csv
 
+DEPRESSION = (0.3, 0.2, 0.1, 0.02, 0.0)
 BATCH = 125  # as the task script tests: the rounding of a product depends on it
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # standard deviations
 
@@ -34,7 +36,7 @@ def main(argv=None) -> int:
     parser.add_argument("networks", type=Path, nargs="+", metavar="CHECKPOINT", help="trained networks")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of tables and figure")
     args = parser.parse_args(argv)
-    tables: dict[str, list[dict]] = {"position": [], "noise": [], "errors": []}
+    tables: dict[str, list[dict]] = {"position": [], "noise": [], "errors": [], "pause": [], "depression": []}
     try:
         for path in args.networks:
             network = {"network": path.name.removesuffix(".pth.tar")}
@@ -53,13 +55,16 @@ def main(argv=None) -> int:
 
 @torch.no_grad()
 def analyse(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of the three tables for one network. Accuracies and shares in percent."""
+    """Rows of the tables for one network. Accuracies and shares in percent."""
     checkpoint = checkpoints.load(path)
     params = checkpoint["params"]
-    model = models.build_model(params)
-    model.load_state_dict(checkpoint["state_dict"])
-    sizes = ("sequence_length", "num_classes", "feature_size", "dataset_seed")
-    test = data.evaluation_set("test", *(params[name] for name in sizes))
+
+    def network(**constants) -> models.MemorizingAssociations:
+        model = models.build_model(params | constants)
+        model.load_state_dict(checkpoint["state_dict"])
+        return model
+
+    model, test = network(), data.evaluation_set("test", **data.sizes(params))
     distances = torch.cdist(test.query[:, None], test.features)[:, 0]  # N x L
     asked = distances.argmin(1)
     rank = distances.argsort(1).argsort(1)  # 0: the asked vector itself, 1: the one nearest to it
@@ -91,6 +96,17 @@ def analyse(path: Path) -> Iterator[tuple[str, dict]]:
         },
     )
 
+    last = asked == test.labels.shape[1] - 1
+    for pause in (False, True):
+        right = (answer(model, test, test.query, pause) if pause else answers) == test.answer
+        yield "pause", {"pause": pause, "last_pair": percent(right[last]), "other_pairs": percent(right[~last])}
+
+    early = asked < test.labels.shape[1] // 2
+    for gamma_neg in DEPRESSION:
+        right = answer(network(gamma_neg=gamma_neg), test, test.query) == test.answer
+        halves = {"first_half": percent(right[early]), "second_half": percent(right[~early])}
+        yield "depression", {"gamma_neg": gamma_neg, "accuracy": percent(right)} | halves
+
     generator = torch.Generator().manual_seed(0)
     for deviation in NOISE:
         query = test.query + deviation * torch.randn(test.query.shape, generator=generator)
@@ -99,10 +115,19 @@ def analyse(path: Path) -> Iterator[tuple[str, dict]]:
         yield "noise", {"deviation": deviation, "accuracy": accuracy, "nearest": percent(nearest)}
 
 
-def answer(model, test: data.Samples, query: Tensor) -> Tensor:
+def answer(model, test: data.Samples, query: Tensor, pause: bool = False) -> Tensor:
     """N labels."""
-    batches = [slice(first, first + BATCH) for first in range(0, len(test), BATCH)]
-    return torch.cat([model(test.features[b], test.labels[b], query[b]).logits.argmax(1) for b in batches])
+    answers = []
+    for first in range(0, len(query), BATCH):
+        part = slice(first, first + BATCH)
+        if pause:
+            features, labels, asked = model.encoding_currents(test.features[part], test.labels[part], query[part])
+            features, labels = (torch.cat([current, torch.zeros_like(current[:, :1])], 1) for current in (features, labels))
+            readout, *_ = model._program("cpu")(features, labels, asked)  # `store_and_recall`, by the backend
+            answers.append(model.output_layer(readout).argmax(1))
+        else:
+            answers.append(model(test.features[part], test.labels[part], query[part]).logits.argmax(1))
+    return torch.cat(answers)
 
 
 def percent(hits: Tensor) -> float:

@@ -23,6 +23,7 @@ import csv
 import fcntl
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,7 +35,6 @@ from typing import IO, Any
 
 import torch
 import yaml
-from tqdm import tqdm
 
 from utils import checkpoints
 from utils.errors import UserError
@@ -57,7 +57,7 @@ def main(argv=None) -> int:
     try:
         jobs = read_sweep(args.sweep, args.output_dir)
         if args.list:
-            print(*(" ".join(job.training()) for job in jobs), sep="\n")
+            print(*(shown(job.training()) for job in jobs), sep="\n")
             return 0
         refuse_other_runs(jobs)
         gpus = find_gpus(args.jobs, args.threads)
@@ -252,6 +252,7 @@ class Child:
     process: subprocess.Popen
     testing: bool
     lock: IO
+    epochs: int  # that have been reported
 
 
 class Sweep:
@@ -268,9 +269,6 @@ class Sweep:
 
     def work(self, interruption: Interruption) -> int:
         """Returns the exit status: 1 if runs failed, 128 plus the number of the signal after one."""
-        epochs = sum(job.options["epochs"] for job in self.jobs)
-        self.bar = tqdm(total=epochs, unit=" epochs", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.seen = {job.name: job.epochs_done() for job in self.jobs}
         try:
             while (self.waiting or self.children) and not interruption.signal:
                 self._fill()
@@ -280,8 +278,6 @@ class Sweep:
                 self._show()
         finally:
             self._stop()
-        self._show()
-        self.bar.close()
         stopped = len(self.jobs) - self.done - len(self.failed)
         say(f"{self.done} of {len(self.jobs)} runs done, {len(self.failed)} failed, {stopped} unfinished")
         for job, reason in self.failed:
@@ -298,14 +294,13 @@ class Sweep:
 
     def _begin(self, job: Job, gpu: str | None, lock: IO) -> None:
         """Start what a run needs next, if it needs anything."""
-        self.seen[job.name] = job.epochs_done()
         testing = job.is_trained() or self.test_only
         try:
             if testing and (job.is_tested() or not (job.folder / checkpoints.BEST).exists()):
                 self.done += job.is_trained()
             else:
                 process = self._start(job, gpu, lock, job.testing() if testing else job.training())
-                self.children.append(Child(job, gpu, process, testing, lock))
+                self.children.append(Child(job, gpu, process, testing, lock, job.epochs_done()))
                 say(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}")
                 return
         except OSError as failure:
@@ -343,14 +338,10 @@ class Sweep:
                 say(f"{job.name}: {last}")
 
     def _show(self) -> None:
-        for job in [child.job for child in self.children]:
-            epochs = job.epochs_done()
-            if epochs > self.seen[job.name] and self.bar.disable:
-                say(f"{job.name}: epoch {epochs}/{job.options['epochs']}")
-            self.seen[job.name] = epochs
-        self.bar.set_postfix_str(f"{len(self.children)} running, {len(self.failed)} failed", refresh=False)
-        self.bar.n = sum(min(self.seen[job.name], job.options["epochs"]) for job in self.jobs)
-        self.bar.refresh()
+        for child in self.children:
+            if (epochs := child.job.epochs_done()) > child.epochs:
+                child.epochs = epochs
+                say(f"{child.job.name}: epoch {epochs}/{child.job.options['epochs']}")
 
     def _stop(self) -> None:
         """Let the children save, and wait for them."""
@@ -396,7 +387,7 @@ def commit() -> str:
 
 def shown(command: list[str]) -> str:
     """A command as one types it in the checkout."""
-    return " ".join(["python", *(word.removeprefix(f"{ROOT}/") for word in command[1:])])
+    return shlex.join(["python", *(word.removeprefix(f"{ROOT}/") for word in command[1:])])
 
 
 def last_line(path: Path) -> str:
@@ -405,8 +396,7 @@ def last_line(path: Path) -> str:
 
 
 def say(message: str) -> None:
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    print(message, flush=True)
 
 
 if __name__ == "__main__":
