@@ -2,10 +2,14 @@
 
 python -m experiments.analyze pretrained/*.pth.tar --output_dir experiments/results/analysis
 
-Everything is on the published test set (2,000 samples) at the length trained on. Writes position.csv, noise.csv, errors.csv,
-pause.csv, depression.csv and memory.png. A pause is one pair's time without input between the last pair and the query. Depression
-is gamma_neg at the test alone; the weights stay those trained with another. Noise is Gaussian and added to every component of the query, which is not clipped; `nearest` is the share of samples
-in which the asked vector is still the nearest to the query: what an exact memory would answer.
+Everything is on the published test set (2,000 samples) at the length trained on. Writes a table each, and memory.png:
+
+position    by position of the asked pair
+errors      which label a wrong answer names
+noise       Gaussian, added to every component of the query, not clipped. `nearest`: the share of samples in which the asked
+            vector is still the nearest to the query, as an exact memory would answer
+pause       one pair's time without input between the last pair and the query
+depression  another gamma_neg at the test alone; the weights stay as they were trained
 """
 
 import argparse

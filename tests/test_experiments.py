@@ -175,3 +175,16 @@ def test_a_committed_network_scores_what_the_table_says(tmp_path):
     (tested,) = csv.DictReader((tmp_path / "accuracy_by_length.csv").read_text().splitlines())
     # 2,000 samples; on another CPU, rounding may flip a spike that decides a sample.
     assert float(tested["accuracy"]) == pytest.approx(float(row["test_accuracy"]), abs=0.1)
+
+
+def test_the_analyses_agree_with_each_other_and_with_the_table():
+    """They come from separate passes over the test set, and the table from the task script."""
+    tables = {path.stem: list(csv.DictReader(lines(path))) for path in (RESULTS / "analysis").glob("*.csv")}
+    tested = [row["test_accuracy"] for row in csv.DictReader(lines(RESULTS / "table.csv"))]
+    for row in tables["errors"]:
+        mine = [other for other in tables["position"] if other["network"] == row["network"]]
+        right = sum(float(other["accuracy"]) * int(other["samples"]) for other in mine) / 2000
+        assert len(mine) == int(row["sequence_length"]) and right == pytest.approx(float(row["accuracy"]), abs=0.01)
+        assert float(row["errors"]) == pytest.approx(20 * (100 - right), abs=0.2)
+        assert row["accuracy"] in tested
+        assert {"network": row["network"], "deviation": "0.0", "accuracy": row["accuracy"], "nearest": "100.0"} in tables["noise"]
