@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import memorizing_associations_task as task
-from experiments import summarize, sweep
+from experiments import export, summarize, sweep
 from utils import checkpoints
 from utils import results as runs
 from utils.errors import UserError
@@ -167,10 +167,10 @@ def test_a_damaged_run_is_named(tmp_path):
 
 
 def test_a_committed_network_scores_what_the_table_says(tmp_path):
-    run, network = "curriculum/sequence_length10-seed1", "recipe-sequence_length10-seed1.pth.tar"
+    run = "curriculum/sequence_length10-seed1"
     rows = csv.DictReader((RESULTS / "table.csv").read_text(encoding="utf-8").splitlines())
     row = next(row for row in rows if row["run"] == run)
-    command = ["--resume", str(PRETRAINED / network), "--evaluate", "--backend", "cpp", "--device", "cpu"]
+    command = ["--resume", str(PRETRAINED / export.file_name(run)), "--evaluate", "--backend", "cpp", "--device", "cpu"]
     assert task.main([*command, "--output_dir", str(tmp_path)]) == 0
     (tested,) = csv.DictReader((tmp_path / "accuracy_by_length.csv").read_text().splitlines())
     # 2,000 samples; on another CPU, rounding may flip a spike that decides a sample.
