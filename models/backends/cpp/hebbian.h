@@ -5,9 +5,9 @@
 //
 //   y' = y (c - kappa p) + kappa p.
 //
-// A weight whose value neuron never fired stays exactly 0. With a = dL/dy' and q = a (1 - y),
+// A weight whose value neuron never fired stays exactly 0. With a = dL/dy',
 //
-//   dL/dy = a (c - kappa p),    dL/dp = q kappa,    dL/dkappa = a (p (1 - y) - h y) = q (p + h) - h a,    h = 2 gamma_neg kappa.
+//   dL/dy = a (c - kappa p),    dL/dp = (a - a y) kappa,    dL/dkappa = (a - a y) p - 2 gamma_neg kappa a y.
 
 #pragma once
 
@@ -72,15 +72,15 @@ inline void update_adjoint(const Vec<T>* from, const KeyTrace<T>& key, const T* 
     for (int b = 0; b < N; ++b) a[b] = adjoint[b];
     for (int s = end - 1; s >= begin; --s) {
         const T kappa = key.kappa[s], c = key.c[s], h = key.h[s];
-        Vec<T> through_both = {}, through_decay = {};
+        Vec<T> through_growth = {}, through_decay = {};
         for (int b = 0; b < N; ++b) {
-            const Vec<T> q = a[b] - a[b] * before[s][b], potentiation = vec(p)[s * nv + b];
-            vec(dp)[s * nv + b] += q * kappa;
-            through_both += q * (potentiation + h);
-            through_decay += a[b];
+            const Vec<T> decaying = a[b] * before[s][b], growing = a[b] - decaying, potentiation = vec(p)[s * nv + b];
+            vec(dp)[s * nv + b] += growing * kappa;
+            through_growth += growing * potentiation;
+            through_decay += decaying;
             a[b] *= c - kappa * potentiation;
         }
-        dkappa[s] += through_both - h * through_decay;
+        dkappa[s] += through_growth - h * through_decay;
     }
     for (int b = 0; b < N; ++b) adjoint[b] = a[b];
 }
