@@ -1,5 +1,9 @@
 """The fused CPU kernels against the reference: any sizes, any options, any number of threads."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -70,6 +74,7 @@ def test_any_sizes_and_options_agree_with_the_reference(options):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-9 * scale)
 
 
+ROOT = Path(__file__).parents[1]
 DEFAULT = {"length": 10, "batch": 3, "num_classes": 10, "feature_size": 10, "num_time_steps": 30}
 
 
@@ -145,3 +150,84 @@ def test_registered_operations_pass_opcheck(record):
     options = {"length": 2, "batch": 2, "num_classes": 4, "feature_size": 3, "embedding_size": 5, "memory_size": 6}
     model, inputs = operands(options | {"num_time_steps": 10}, torch.float64)
     torch.library.opcheck(cpp._forward, (*inputs, cpp._constants(model.dynamics), record))
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def outcome(model, inputs, backend):
+    """Recorded spikes and memory, and the gradients of a sum in which every count and readout has another weight."""
+    *currents, write_weight, read_weight = inputs
+    if backend == "cpp":
+        readout, counts, activity = cpp.store_and_recall(*inputs, model.dynamics, record=True)
+    else:
+        readout, counts, activity = model.store_and_recall(*currents, record=True)
+        write_weight, read_weight = model.writing_layer.W, model.reading_layer.W
+    results = readout, *counts.values()
+    seeds = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x) for x in results]
+    names = "features", "labels", "query", "write_weight", "read_weight"
+    gradients = torch.autograd.grad(results, [*currents, write_weight, read_weight], seeds)
+    return {name: activity[name] for name in (*POPULATIONS, "memory")} | dict(zip(names, gradients, strict=True))
+
+
+SMALL = {"length": 3, "batch": 4, "num_classes": 5, "feature_size": 5, "num_time_steps": 40, "embedding_size": 20}
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"thr": 0.05, "w_max": 1e3, "gamma_pos": 0.3 / 1e3},
+        {"thr": 0.05, "w_max": 1e6, "gamma_pos": 0.3 / 1e6},
+        {"thr": 0.05 * 20 / 1e8, "tau_mem": 1e8},
+        {"thr": 0.05, "tau_trace": 1e8, "gamma_pos": 1e5, "gamma_neg": 1e5},
+    ],
+)
+def test_extreme_constants_keep_the_precision_of_float32(constants):
+    options = SMALL | {"memory_size": 24} | constants
+    exact = outcome(*operands(options, torch.float64), "reference")
+    plain = outcome(*operands(options, torch.float32), "reference")
+    ours = outcome(*operands(options, torch.float32), "cpp")
+    assert exact["write_value"].any()
+    for name, expected in exact.items():
+        allowed = 3 * (plain[name] - expected).norm() + 1e-6 * expected.norm()
+        assert (ours[name] - expected).norm() <= allowed, name
+
+
+@pytest.mark.parametrize("place", ["features", "query", "write_weight of a silent neuron", "read_weight"])
+def test_what_is_not_a_number_reaches_the_gradients(place):
+    model, inputs = operands(SMALL | {"memory_size": 9}, torch.float32)
+    with torch.no_grad():
+        if "silent" in place:
+            inputs[0][..., 0] = 0
+            model.writing_layer.W[0, 0] = inputs[3][0, 0] = float("nan")
+        elif place == "read_weight":
+            model.reading_layer.W[0, -1] = inputs[4][0, -1] = float("nan")
+        else:
+            inputs[{"features": 0, "query": 2}[place]].view(-1)[3] = float("nan")
+    theirs, ours = outcome(model, inputs, "reference"), outcome(model, inputs, "cpp")
+    reached = {name for name in theirs if theirs[name].isnan().any()}
+    assert reached == {name for name in ours if ours[name].isnan().any()}
+    assert reached
+
+
+def test_fewer_threads_and_no_more_memory():
+    """Where the system grants no more threads fewer do the work; where it grants no more memory one line says so."""
+    code = """
+import dataclasses, resource, sys, torch
+sys.path.insert(0, "tests")
+from test_cpp import SMALL, operands
+from models.backends import BackendError, cpp
+model, inputs = operands(SMALL | {"memory_size": 9, "batch": 64}, torch.float32)
+expected = cpp.store_and_recall(*inputs, model.dynamics)[0]
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)  # of a thread's stack alone 8 MiB
+torch.set_num_threads(64)
+print(torch.equal(cpp.store_and_recall(*inputs, model.dynamics)[0], expected))
+try:
+    cpp.store_and_recall(*inputs, dataclasses.replace(model.dynamics, num_time_steps=10**7))
+except BackendError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    message = "out of memory in the cpp kernels with 64 samples and 64 threads; use a smaller --batch_size"
+    assert done.stdout == f"True\n{message}\n", done.stderr
