@@ -13,6 +13,7 @@ first the backend's spikes and gradients are compared with the reference's in fl
 import argparse
 import itertools
 import json
+import os
 import platform
 import resource
 import statistics
@@ -176,7 +177,7 @@ def cases(arguments: argparse.Namespace) -> list[dict]:
             if backend != "reference" or batch <= arguments.reference_batch:
                 case = {"backend": backend, "network": network, "length": length, "memory_size": memory_size, "batch": batch}
                 case |= {name: getattr(arguments, name) for name in ("device", "after", "repeats", "threads")}
-                found.append(case | {"processes": processes})
+                found += [case | {"processes": processes, "compiler": compiler} for compiler in arguments.compilers]
     return found
 
 
@@ -191,6 +192,7 @@ def main() -> int:
     parser.add_argument("--memory_sizes", nargs="+", type=int, default=[100])
     parser.add_argument("--processes", nargs="+", type=int, default=[1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="over all processes")
+    parser.add_argument("--compilers", nargs="+", default=[""], help='each as CXX, with the build target: "g++ -march=haswell"')
     parser.add_argument("--reference_batch", type=int, default=16, help="largest batch for the reference")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -210,10 +212,12 @@ def main() -> int:
 
 def report(case: dict) -> int:
     command = [sys.executable, "-m", "benchmarks.training_step", "--case", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    environment = os.environ | ({"CXX": case["compiler"]} if case["compiler"] else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     network = Path(case["network"]).name.removesuffix(".pth.tar") + (f", {case['after']} steps on" if case["after"] else "")
     sizes = " | ".join(str(case[name]) for name in ("length", "memory_size", "batch", "processes"))
-    title = f"| {case['backend']} | {network} | {sizes} |"
+    built = f" ({case['compiler']})" if case["compiler"] else ""
+    title = f"| {case['backend']}{built} | {network} | {sizes} |"
     if done.returncode:
         print(title, f"failed: {done.stderr.strip().splitlines()[-1]} | | | | |", flush=True)
         return 1
