@@ -30,7 +30,7 @@ from utils.distributed import print_rank0
 from utils.errors import UsageError, UserError, out_of_memory_in_one_line, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
 from utils.metrics import EpochMetrics, TensorBoard, write_table
-from utils.options import CURRICULUM, MODEL, RECORDED, TASK_GROUPS, Options, Parser
+from utils.options import CURRICULUM, RECORDED, TASK_GROUPS, Options, Parser
 from utils.progress import Progress, epoch_line, report_silence, report_start
 from utils.run import Run, find_checkpoint, find_folder, table_path
 
@@ -64,7 +64,7 @@ def main(argv=None) -> int:
         return 130
 
 
-def prepare(options: Options, checkpoint: dict | None) -> tuple[models.MemorizingAssociations, torch.device]:
+def prepare(options: Options, checkpoint: dict | None) -> tuple[torch.nn.Module, torch.device]:
     """The network, with initial weights or the checkpoint's, on its device. `options` get what really runs."""
     device = choose_device(options)
     if checkpoint is None:
@@ -74,13 +74,13 @@ def prepare(options: Options, checkpoint: dict | None) -> tuple[models.Memorizin
     with out_of_memory_in_one_line(batch_size=0):
         model = models.build_model(options.values, options["backend"])
     try:
-        backend, why_not = model.prepare_backend(device.type)
+        backend, why_not = models.prepare_backend(model, device.type)
     except BackendError as error:
         if distributed.broadcast_object("backend" in options.given):
             raise
         print_rank0(f"the checkpoint's run used another backend: {error}")
         model.backend = "auto"
-        backend, why_not = model.prepare_backend(device.type)
+        backend, why_not = models.prepare_backend(model, device.type)
     gpu_is_idle = device.type == "cpu" and torch.cuda.is_available()
     reasons = [f" ({name}: {why})" for name, why in why_not.items() if name != "triton" or device.type == "cuda" or gpu_is_idle]
     print_rank0(f"backend {backend} on {device}{''.join(reasons)}")
@@ -236,8 +236,10 @@ def train_step(
     output = network(batch.features, batch.labels, batch.query)
     cross_entropy_sum = cross_entropy(output.logits, batch.answer, reduction="sum")
     loss = cross_entropy_sum / batch_size
-    mean_rates = distributed.batch_mean(output.rates, batch_size)
-    regularization = models.rate_regularization(mean_rates, options["target_rate"])
+    regularization = loss.new_zeros(())
+    if output.rates:  # the network has spikes
+        mean_rates = distributed.batch_mean(output.rates, batch_size)
+        regularization = models.rate_regularization(mean_rates, options["target_rate"])
     if epoch > 0:
         loss = loss + options["l2"] * regularization
 
@@ -315,7 +317,8 @@ def evaluate_checkpoint(options: Options, checkpoint: dict) -> int:
 
 
 def not_finite(where: str, what: str, options: Options) -> UserError:
-    changed = [f"--{o.name} {options[o.name]}" for o in MODEL if o.kind is float and options[o.name] != o.default]
+    defaults = models.network_options(options["network"])
+    changed = [f"--{n} {options[n]}" for n, v in defaults.items() if isinstance(v, float) and options[n] != v]
     constants = f"values of {', '.join(changed)} nearer to the defaults, or " if changed else ""
     return UserError(f"{where}: not finite: {what}; the last checkpoint stays. Try {constants}a lower --learning_rate or "
                      "--max_grad_norm")  # fmt: skip

@@ -156,6 +156,9 @@ def adopt_checkpoint(options: Options, checkpoint: Mapping[str, Any], parser: Pa
         parser.error("--sequence_length: one length can be drawn at a time")
     if error := options.combination_error():
         parser.error(error)
+    if options["network"] != models.networks.DEFAULT:
+        path, network = options["checkpoint_path"], options["network"]
+        raise UserError(f"{path}: of the network {network}; only {models.networks.DEFAULT} has the spikes and memory to draw")
     if options["seed"] is not None and "example" not in options.given:
         options.values["example"] = int(np.random.default_rng(options["seed"]).integers(data.EVALUATION_SAMPLES["test"]))
 

@@ -20,7 +20,7 @@ import models
 from utils.errors import UserError
 from utils.figures import curves, save
 from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, new_figure, styled
-from utils.options import CURRICULUM, DATA, MODEL, TRAINING
+from utils.options import CURRICULUM, DATA, MODEL, TRAINING, network_defaults
 from utils.results import GROUP, Result, columns, read_results, to_csv, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
@@ -113,9 +113,11 @@ def way_of_training(options: dict[str, Any]) -> str:
     if options["mixed_lengths"]:
         words.append(f"mixed lengths from {options['mixed_lengths']}")
     told = _NOT_A_WAY_OF_TRAINING | {option.name for option in CURRICULUM}
+    own = network_defaults(options.get("network", models.networks.DEFAULT))
     for option in (*MODEL, *DATA, *TRAINING):
-        value = options.get(option.name, option.default)
-        if option.name not in told and value != option.default:
+        default = own.get(option.name, option.default)
+        value = options.get(option.name, default)
+        if option.name not in told and value != default:
             words.append(f"{option.name} {value}")
     return ", ".join(words) or "published options"
 

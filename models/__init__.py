@@ -9,7 +9,7 @@ from models.memorizing_associations import (
     Sizes,
     rate_regularization,
 )
-from models.networks import NETWORKS, build_model, network_options, spikes, training_defaults
+from models.networks import NETWORKS, build_model, network_options, prepare_backend, spikes, training_defaults
 
 __all__ = [
     "BACKENDS",
@@ -23,6 +23,7 @@ __all__ = [
     "Sizes",
     "build_model",
     "network_options",
+    "prepare_backend",
     "rate_regularization",
     "spikes",
     "training_defaults",

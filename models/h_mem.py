@@ -12,6 +12,8 @@ from models.hebbian_memory import XAVIER_GAIN
 from models.memorizing_associations import EmbeddingLayer, Output
 from models.plasticity import HebbianRule
 
+RULES = ("hebbian", "sum")
+
 
 class _Weights(nn.Module):
     """A matrix under its published name, `W`."""
@@ -28,7 +30,7 @@ class HMem(nn.Module):
     """Embedding -> Hebbian memory of rectified keys and values -> linear output.
 
     Args:
-        rule: "hebbian", the published rule of plasticity.py, or "sum": add the outer product of value and key.
+        rule: one of RULES: the published rule of plasticity.py, or to add the outer product of value and key.
         rectified: whether keys and values are rectified.
     """
 

@@ -67,6 +67,11 @@ def _fields(constants: Any) -> dict[str, Any]:
     return found
 
 
+def prepare_backend(model: nn.Module, device_type: str) -> tuple[str, dict[str, str]]:
+    """As `MemorizingAssociations.prepare_backend`; the other networks are plain PyTorch."""
+    return model.prepare_backend(device_type) if isinstance(model, MemorizingAssociations) else ("reference", {})
+
+
 def build_model(options: Mapping[str, Any], backend: str = "auto", **parts: Any) -> nn.Module:
     """The network of a mapping of options under their published names (others are ignored, missing ones take their default).
 

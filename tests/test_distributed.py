@@ -102,7 +102,7 @@ def assert_same_training(folder: Path, other: Path) -> None:
         rates, other_rates = line.pop("rates"), other_line.pop("rates")
         assert line == pytest.approx(other_line, rel=1e-9)
         assert rates == pytest.approx(other_rates, rel=1e-9)
-        assert min(rates.values()) > 0
+        assert all(rate > 0 for rate in rates.values())
 
 
 @pytest.fixture(scope="module")

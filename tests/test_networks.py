@@ -1,13 +1,23 @@
-"""The other networks: what they compute, how large they are, that they learn."""
+"""The other networks: what they compute, how large they are, that they learn, and that all of the task script serves them."""
+
+import os
+import signal
 
 import golden
 import pytest
 import torch
+import yaml
+from test_distributed import assert_same_training, distributed, run
+from test_task import assert_same_run, refuse
 from torch.nn.functional import cross_entropy
 
 import data
+import memorizing_associations_task as task
 import models
+import plot_memorizing_associations_task as plot
 from models.networks import NETWORKS, network_options
+from utils import checkpoints
+from utils.options import network_defaults
 
 OTHERS = [name for name in NETWORKS if name != "hebbian_snn"]
 TINY = {"num_classes": 5, "feature_size": 4, "embedding_size": 8, "memory_size": 12, "num_time_steps": 6, "readout_steps": 3}
@@ -52,6 +62,14 @@ def test_a_network_recalls_from_what_it_was_shown(name):
     asked = (samples.labels == samples.answer.unsqueeze(1)).long()
     other = model(samples.features, (samples.labels + asked) % TINY["num_classes"], samples.query)
     assert (other.logits - output.logits).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_process_whose_part_of_a_batch_is_empty_takes_part(name):
+    model = models.build_model(TINY | {"network": name})
+    samples = data.training_samples(0, 0, 0, 3, TINY["num_classes"], TINY["feature_size"], 1)
+    model(samples.features, samples.labels, samples.query).logits.sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 
 def test_the_delta_rule_writes_one_pair_after_the_other():
@@ -113,3 +131,91 @@ def test_each_option_is_of_a_network():
         models.build_model({"network": "hebbian"})
     with pytest.raises(models.BackendError, match="cpp: it runs hebbian_snn only"):
         models.build_model({"network": "lstm"}, "cpp")
+
+
+# The task script
+
+RUN = "--sequence_length 2 --num_classes 3 --feature_size 5 --batch_size 62 --seed 1 --workers 0 --device cpu".split()
+
+
+def script(network: str, folder, *more) -> list[str]:
+    """A command line of the task script for a tiny network."""
+    sizes = {name: value for name, value in TINY.items() if name in network_options(network) and name not in ("num_classes",)}
+    sizes |= {"embedding_size": 8, "memory_size": 12, "feature_size": 5}
+    options = [f"--{name}={value}" for name, value in sizes.items() if name in network_options(network)]
+    return [*RUN, "--network", network, *options, "--output_dir", str(folder), *more]
+
+
+@pytest.fixture
+def short_epochs(monkeypatch):
+    monkeypatch.setattr(data, "TRAINING_SAMPLES", 250)
+    monkeypatch.setattr(data, "EVALUATION_SAMPLES", {"validation": 100, "test": 100})
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_killed_training_continues_bit_for_bit_and_is_tested_at_other_lengths(
+    name, short_epochs, tmp_path, monkeypatch, capsys
+):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert task.main(script(name, whole, "--epochs", "2")) == 0
+    assert f"{name}: " in capsys.readouterr().out
+    steps, step = [], task.train_step
+
+    def train_step(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(task, "train_step", train_step)
+    assert task.main(script(name, killed, "--epochs", "2")) == 128 + signal.SIGTERM
+    assert task.main(["--resume", str(killed), "--output_dir", str(killed)]) == 0  # the network comes from the checkpoint
+    assert_same_run(killed, whole)
+
+    capsys.readouterr()
+    assert task.main(["--resume", str(whole), "--evaluate", "--sequence_length", "1,3"]) == 0
+    assert "sequence_length   3  loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("lstm", "recurrent_lif") else pytest.param(n, marks=pytest.mark.slow) for n in OTHERS]
+)
+def test_two_processes_train_as_one_does(name, tmp_path):
+    """In float64; the last batch of an epoch has fewer samples than there are processes, so that one of them has none."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = script(name, one, "--epochs", "1", "--batch_size", "83")
+    assert run(*command)[0] == 0
+    status, _, err = run(*script(name, two, "--epochs", "1", "--batch_size", "83"), *distributed(2))
+    assert status == 0, err
+    assert_same_training(one, two)
+
+
+def test_a_network_has_its_own_options_and_defaults(capsys):
+    task.main(["--network", "h_mem", "--print_options"])
+    record = yaml.safe_load(capsys.readouterr().out)
+    assert (record["gamma_pos"], record["gamma_neg"], record["learning_rate"]) == (0.1, 0.1, 0.001)
+    assert not {"thr", "readout_delay", "l2", "positions"} & record.keys()
+    assert network_defaults("hebbian_snn")["gamma_pos"] == 0.3
+    assert refuse(capsys, "--network", "lstm", "--thr", "0.2").endswith(
+        "--thr: --network lstm has no such option; leave that out (--help lists the options)"
+    )
+    assert "--l2, --rule: --network transformer has no" in refuse(
+        capsys, "--network", "transformer", "--rule", "sum", "--l2", "1"
+    )
+    assert "--rectified: --network hebbian_snn has no" in refuse(capsys, "--rectified", "false")
+
+
+def test_a_checkpoint_knows_its_network(short_epochs, tmp_path, capsys):
+    """One without a network, as all before there were others, is of the published one."""
+    assert task.main(script("lstm", tmp_path, "--epochs", "1")) == 0
+    file = tmp_path / checkpoints.BEST
+    assert "network transformer (checkpoint: lstm)" in refuse(capsys, "--network", "transformer", "--resume", file)
+    assert "--gamma_pos: --network lstm has no" in refuse(capsys, "--resume", file, "--gamma_pos", "1", "--evaluate")
+    assert "cpp: it runs hebbian_snn only" in refuse(capsys, "--resume", file, "--evaluate", "--backend", "cpp", status=1)
+    assert plot.main(["--checkpoint_path", str(file)]) == 1
+    assert "of the network lstm; only hebbian_snn has the spikes and memory" in capsys.readouterr().err
+    assert checkpoints.load(golden.FOLDER / "published_format_checkpoint.pth.tar")["params"]["network"] == "hebbian_snn"
+    model = models.build_model({"network": "lstm", "memory_size": 5})
+    checkpoints.save_model(tmp_path / "mine.pth.tar", model, {"network": "lstm", "memory_size": 5})
+    loaded = checkpoints.load_model(tmp_path / "mine.pth.tar")
+    assert torch.equal(loaded.output_layer.weight, model.output_layer.weight)

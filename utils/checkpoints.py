@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import models
 from utils.errors import UserError
-from utils.options import MODEL, RECORDED
+from utils.options import MODEL, RECORDED, absent_options
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
@@ -80,7 +80,8 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any]) -
         ValueError: an impossible option.
         UserError: the options are not this network's, or the file cannot be written.
     """
-    params = {option.name: option.convert(options.get(option.name, option.default)) for option in MODEL}
+    params = _model_defaults(options.get("network", models.networks.DEFAULT))
+    params |= {option.name: option.convert(options[option.name]) for option in MODEL if option.name in params.keys() & options}
     state_dict = _own_names(model.state_dict())
     with torch.random.fork_rng(devices=[]):
         load_weights(models.build_model(params, "reference"), state_dict, path)
@@ -285,13 +286,13 @@ def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | Non
 
 def _params_of_weights(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes of a network whose weights are all that is known, and the model options that are given."""
-    params = {option.name: given[option.name] for option in MODEL if option.name in given}
-    try:
-        params["num_classes"], params["memory_size"] = state_dict["output_layer.weight"].shape
-        params["embedding_size"], params["feature_size"] = state_dict["input_layer.weight"].shape
-    except (KeyError, ValueError):
-        if "network" not in given:  # another network may have other names
-            raise
+    num_classes, memory_size = state_dict["output_layer.weight"].shape
+    embedding_size, feature_size = state_dict["input_layer.weight"].shape
+    sizes = {"num_classes": num_classes, "memory_size": memory_size}
+    sizes |= {"embedding_size": embedding_size, "feature_size": feature_size}
+    has = models.network_options(given.get("network", models.networks.DEFAULT))
+    sizes = {name: value for name, value in sizes.items() if name in has}
+    params = {option.name: given[option.name] for option in MODEL if option.name in given} | sizes
     if isinstance(length := params.get("sequence_length"), tuple):  # those to evaluate
         params["sequence_length"] = max(length)
     return params
@@ -308,8 +309,15 @@ def _completed(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 completed[option.name] = option.convert(int(value) if option.name == "inf_data" else value)
             except (TypeError, ValueError) as wrong:
                 raise ValueError(f"params: {option.name} {wrong}") from wrong
-    missing = {option.name: option.default for option in MODEL if option.name not in completed}
+    defaults = _model_defaults(completed.get("network", models.networks.DEFAULT))
+    missing = {name: value for name, value in defaults.items() if name not in completed}
     return missing | completed, list(missing)
+
+
+def _model_defaults(network: str) -> dict[str, Any]:
+    """The model options that a network has, with its defaults."""
+    general = {option.name: option.default for option in MODEL if option.name not in absent_options(network)}
+    return general | models.network_options(network) | {"network": network}
 
 
 # The digest

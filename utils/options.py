@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import math
 import os
 import re
@@ -14,9 +15,12 @@ from typing import Any, NoReturn
 
 import yaml
 
-from models import BACKENDS, Dynamics, Sizes
+import models
+from models import BACKENDS, NETWORKS, Dynamics, Sizes
+from models.h_mem import RULES
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
+from models.recurrent_spiking import AdaptiveLIFNeuron
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,16 @@ SEQUENCE_LENGTH = Option(
 # fmt: off
 
 # What a network is. A checkpoint's must be the same to resume, evaluate or plot it.
-MODEL = (SEQUENCE_LENGTH, *(option for part in (Sizes, HebbianRule, Dynamics, LIFNeuron) for option in _options_of(part)))
+# The defaults are those of the published network; others have their own (Options.set_network).
+MODEL = (
+    SEQUENCE_LENGTH,
+    Option("network", models.networks.DEFAULT, str, "the published one, or one to compare it with", choices=tuple(NETWORKS)),
+    *(option for part in (Sizes, HebbianRule, Dynamics, LIFNeuron) for option in _options_of(part)),
+    *(option for option in _options_of(AdaptiveLIFNeuron) if option.name not in models.network_options("recurrent_lif")),
+    Option("rule", "hebbian", str, "how h_mem stores pairs: by the Hebbian rule, or as a sum of outer products", choices=RULES),
+    Option("rectified", True, bool, "whether h_mem rectifies keys and values"),
+    Option("positions", False, bool, "whether the transformer is given the positions of the pairs"),
+)
 
 DATA = (
     Option("dataset_seed", 42, int, "seed of the training, validation and test samples", low=0),
@@ -185,6 +198,18 @@ TASK_GROUPS = {
 }
 
 
+def network_defaults(network: str) -> dict[str, Any]:
+    """The options whose default is a matter of the network."""
+    return models.network_options(network) | models.training_defaults(network)
+
+
+@functools.cache
+def absent_options(network: str) -> frozenset[str]:
+    """The names of the options that a network does not have."""
+    absent = {option.name for option in MODEL} - {"sequence_length", "network"} - models.network_options(network).keys()
+    return frozenset(absent if models.spikes(network) else absent | {"l2", "target_rate"})  # there are no rates to regularize
+
+
 @dataclass
 class Options:
     """Resolved options: `options["thr"]`."""
@@ -197,8 +222,13 @@ class Options:
         return self.values[name]
 
     def of(self, options: Iterable[Option], *more: str) -> dict[str, Any]:
-        """The values of some options."""
-        return {name: self.values[name] for name in (*(o.name for o in options), *more)}
+        """The values of some options, those that the network has."""
+        absent = absent_options(self["network"])
+        return {name: self.values[name] for name in (*(o.name for o in options), *more) if name not in absent}
+
+    def set_network(self) -> None:
+        """Give the options that are not given the defaults of the network."""
+        self.values |= {n: v for n, v in network_defaults(self["network"]).items() if n in self.values and n not in self.given}
 
     @property
     def all_lengths(self) -> tuple[int, ...]:
@@ -217,6 +247,8 @@ class Options:
 
     def combination_error(self) -> str | None:
         """What is impossible about the options together, with the remedy."""
+        if absent := sorted(absent_options(self["network"]) & self.given):
+            return f"--{', --'.join(absent)}: --network {self['network']} has no such option; leave that out"
         longest, classes = max(self.all_lengths), self["num_classes"]
         if longest > classes:
             return (
@@ -322,7 +354,9 @@ class Parser(argparse.ArgumentParser):
                 except ValueError as wrong:
                     self.error(f"{prefix}{name}: {wrong}")
                 given.add(name)
-        return Options(values, frozenset(given), self.groups)
+        options = Options(values, frozenset(given), self.groups)
+        options.set_network()
+        return options
 
     def _words(self, argv: Sequence[str]) -> list[str]:
         """The command line as argparse takes it: underscores in names, --no_SWITCH as a value, a negative number as a value."""

@@ -86,7 +86,8 @@ def report_start(options: Options, state, model: torch.nn.Module, checkpoint: di
     length, classes, batch = options["sequence_length"], options["num_classes"], options.step_size
     parameters = sum(weight.numel() for weight in model.parameters())
     processes = f", {distributed.world_size()} processes on {options.nodes} nodes" if distributed.world_size() > 1 else ""
-    print_rank0(f"{parameters:,} parameters learn {length} pairs of {classes} classes: epochs {state.epoch + 1} to "
+    print_rank0(f"{options['network']}: {parameters:,} parameters learn "
+                f"{length} pairs of {classes} classes: epochs {state.epoch + 1} to "
                 f"{options['epochs']} of {samples:,} samples, {batch:,} in a step{processes}, seed "
                 f"{options['seed']}, in {options['output_dir']}")  # fmt: skip
     where = f"in epoch {state.epoch + 1} after {state.sample} samples"
