@@ -196,21 +196,21 @@ def test_a_network_has_its_own_options_and_defaults(capsys):
     assert (record["gamma_pos"], record["gamma_neg"], record["learning_rate"]) == (0.1, 0.1, 0.001)
     assert not {"thr", "readout_delay", "l2", "positions"} & record.keys()
     assert network_defaults("hebbian_snn")["gamma_pos"] == 0.3
-    assert refuse(capsys, "--network", "lstm", "--thr", "0.2").endswith(
+    assert refuse(capsys, "--network", "lstm", "--thr", "0.2", status=2).endswith(
         "--thr: --network lstm has no such option; leave that out (--help lists the options)"
     )
     assert "--l2, --rule: --network transformer has no" in refuse(
-        capsys, "--network", "transformer", "--rule", "sum", "--l2", "1"
+        capsys, "--network", "transformer", "--rule", "sum", "--l2", "1", status=2
     )
-    assert "--rectified: --network hebbian_snn has no" in refuse(capsys, "--rectified", "false")
+    assert "--rectified: --network hebbian_snn has no" in refuse(capsys, "--rectified", "false", status=2)
 
 
 def test_a_checkpoint_knows_its_network(short_epochs, tmp_path, capsys):
     """One without a network, as all before there were others, is of the published one."""
     assert task.main(script("lstm", tmp_path, "--epochs", "1")) == 0
     file = tmp_path / checkpoints.BEST
-    assert "network transformer (checkpoint: lstm)" in refuse(capsys, "--network", "transformer", "--resume", file)
-    assert "--gamma_pos: --network lstm has no" in refuse(capsys, "--resume", file, "--gamma_pos", "1", "--evaluate")
+    assert "network transformer (checkpoint: lstm)" in refuse(capsys, "--network", "transformer", "--resume", file, status=2)
+    assert "--gamma_pos: --network lstm has no" in refuse(capsys, "--resume", file, "--gamma_pos", "1", "--evaluate", status=2)
     assert "cpp: it runs hebbian_snn only" in refuse(capsys, "--resume", file, "--evaluate", "--backend", "cpp", status=1)
     assert plot.main(["--checkpoint_path", str(file)]) == 1
     assert "of the network lstm; only hebbian_snn has the spikes and memory" in capsys.readouterr().err
