@@ -223,8 +223,11 @@ def memory_in_time(model, activity: Mapping[str, Any], trial: figures.Trial) -> 
 
 def print_table(options: Options, checkpoint: Mapping[str, Any], trial: figures.Trial, rates: dict[str, torch.Tensor]) -> None:
     """What the published plot script prints, and which sample it is."""
-    print(f"checkpoint        {options['checkpoint_path']}, after {checkpoint['epoch']} epochs")
-    print(f"best accuracy     {float(checkpoint['best_acc']):.3f} % (validation)")
+    if checkpoint["epoch"]:
+        print(f"checkpoint        {options['checkpoint_path']}, after {checkpoint['epoch']} epochs")
+        print(f"best accuracy     {float(checkpoint['best_acc']):.3f} % (validation)")
+    else:
+        print(f"checkpoint        {options['checkpoint_path']}")
     print(f"sample            {options['example']} of the test set, {len(trial.labels)} pairs")
     print(f"answer            {trial.answer}, predicted {int(trial.logits.argmax())}")
     print("mean rate in this sample, Hz")

@@ -268,6 +268,7 @@ def test_a_stripped_network_evaluates_is_drawn_and_trains_on(tmp_path, capsys, m
     assert " * Acc 34.0" in capsys.readouterr().out
     assert plot.main(["--checkpoint_path", path, "--figure", "memory", "--output", str(tmp_path / "memory.png")]) == 0
     assert (tmp_path / "memory.png").exists()
+    assert "best accuracy" not in capsys.readouterr().out
 
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 100)
     monkeypatch.setitem(data.EVALUATION_SAMPLES, "validation", 50)
