@@ -30,6 +30,7 @@ NETWORK = (
     "--gamma_pos 2 --seed 1 --batch_size 62 --workers 0"
 ).split()
 GLOO = ["--dist_backend", "gloo", "--dist_timeout", "60"]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 PATIENCE = 120  # seconds for processes to start on a busy machine
 
 
@@ -47,7 +48,7 @@ class Started:
         name, value = self.mark.split("=")
         environment = os.environ | {"OMP_NUM_THREADS": "2", name: value} | environment
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, SMALL_TASK, *words] if "torchrun" not in prefix else [*prefix, SMALL_TASK, *words],
+            [*prefix, *(() if prefix == TORCHRUN else (sys.executable,)), SMALL_TASK, *words],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -147,7 +148,7 @@ def test_torchrun_trains_as_one_process_does(single, tmp_path):
     (trace := tmp_path / "trace").mkdir()
     status, out, err = run(
         *(*NETWORK, "--epochs", "2", "--output_dir", tmp_path / "run", *GLOO),
-        prefix=("torchrun", "--standalone", "--nproc_per_node", "2"),
+        prefix=TORCHRUN,
         OMP_NUM_THREADS="1",
         SMALL_TASK_TRACE=str(trace),
     )
@@ -285,7 +286,7 @@ def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
 def test_torchrun_passes_a_signal_on(tmp_path):
     (trace := tmp_path / "trace").mkdir()
     words = (*NETWORK, "--output_dir", tmp_path / "run", "--epochs", "1000", *GLOO)
-    started = Started(*words, prefix=("torchrun", "--standalone", "--nproc_per_node", "2"), SMALL_TASK_TRACE=str(trace))
+    started = Started(*words, prefix=TORCHRUN, SMALL_TASK_TRACE=str(trace))
     wait_for_training(trace, 2)
     started.process.terminate()
     status, out, _ = started.end()
@@ -331,7 +332,7 @@ def ranks(*words):
 
 
 ENVIRONMENT = {"MASTER_ADDR": "::1", "MASTER_PORT": "29", "WORLD_SIZE": "4", "RANK": "3"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
+TORCHRUN_ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "
     ],
 )
 def test_ranks_that_cannot_be_are_a_usage_error(words, environment, message, capsys, monkeypatch):
-    for name in ENVIRONMENT.keys() | TORCHRUN.keys():
+    for name in ENVIRONMENT.keys() | TORCHRUN_ENVIRONMENT.keys():
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -373,7 +374,7 @@ def test_nodes_are_counted_as_published(monkeypatch):
         monkeypatch.setenv(name, value)
     four = ranks("--dist-url", "env://", "--processes_per_node", "2")
     assert (four.nodes, four.world_size, four.node, four.host) == (4, 8, 3, "::1")
-    for name, value in TORCHRUN.items():
+    for name, value in TORCHRUN_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     torchrun = ranks()
     assert (torchrun.nodes, torchrun.world_size, torchrun.local_rank, torchrun.rank(1)) == (2, 4, 1, 3)

@@ -124,8 +124,9 @@ def test_an_interrupted_job_is_queued_again_and_ends_well(slurm, example, number
     job = slurm.submit(example, "--epochs", "20")
     slurm.wait(job, "epoch   2/20")
     slurm.run("scancel", f"--signal={number}", job)  # as SLURM does some time before the job's time is over
-    slurm.wait(job, "Restarts=1", "state")
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait two minutes
+    slurm.wait(job, "JobState=PENDING Reason=BeginTime", "state")
+    time.sleep(10)  # for SLURM to clean up after the first start; it would wait two minutes
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     slurm.wait(job, "JobState=COMPLETED", "state")
     log = slurm.wait(job, "best validation accuracy")
     assert log.count("interrupted in epoch") == log.count("resuming runs/slurm/") == 1

@@ -89,7 +89,9 @@ def _work(job: Job, ranks: Ranks, local_rank: int, options: Options, args: tuple
         _join(ranks, local_rank, options)
         values, args = distributed.broadcast_object((options.values, args))
         options.values = values | {name: options[name] for name in _OWN_OPTIONS}
-        return Ending(job(options, *args))
+        status = job(options, *args)
+        dist.destroy_process_group()
+        return Ending(status)
     except KeyboardInterrupt:
         return Ending(128 + SIGINT)
     except (UserError, BackendError) as error:
