@@ -126,7 +126,8 @@ def train(options: Options, checkpoint: dict | None) -> int:
     if checkpoint:
         state.load_state_dict(checkpoint)
         if state.epoch >= epochs:
-            print_rank0(f"{options['resume']}: all {epochs} epochs are done; --epochs N trains on, --evaluate tests it")
+            done = f"{state.epoch} epochs are done, and --epochs is {epochs}"
+            print_rank0(f"{options['resume']}: {done}; a larger one trains on, --evaluate tests the network")
             return 0
     model, device = prepare(options, checkpoint)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
@@ -176,7 +177,7 @@ def train(options: Options, checkpoint: dict | None) -> int:
                 return status
     progress.close()
     best = run.folder / checkpoints.BEST
-    tested = f"; --resume {shlex.quote(str(best))} --evaluate tests it" if best.exists() else f", before {options['resume']}"
+    tested = f"; --resume {shlex.quote(str(best))} --evaluate tests it" if best.exists() else f", reached before {options['resume']}"
     print_rank0(f"best validation accuracy {state.best_acc:.3f} %{tested}")
     return 0
 

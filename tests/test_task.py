@@ -437,7 +437,7 @@ def test_the_record_says_what_changed_and_when(tmp_path, stub, capsys):
 def test_a_finished_run_says_so_and_keeps_its_record(undisturbed, capsys):
     before = {path: path.read_bytes() for path in undisturbed.iterdir()}
     assert train(undisturbed, "--resume", "auto", epochs=2) == 0
-    assert "all 2 epochs are done; --epochs N trains on" in capsys.readouterr().out
+    assert "3 epochs are done, and --epochs is 2; a larger one trains on" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in undisturbed.iterdir()} == before
 
 
