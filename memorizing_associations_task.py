@@ -25,14 +25,14 @@ import models
 from data.loader import prefetch
 from models import BackendError
 from utils import checkpoints, distributed, launch, rendezvous
-from utils.device import choose_device
+from utils.device import choose_backend, choose_device
 from utils.distributed import print_rank0
-from utils.errors import UsageError, UserError, out_of_memory_in_one_line, outlive_output, warn_in_one_line
+from utils.errors import UsageError, UserError, not_finite, out_of_memory_in_one_line, outlive_output, warn_in_one_line
 from utils.interruption import Interruption
-from utils.metrics import EpochMetrics, TensorBoard, write_table
+from utils.metrics import EpochMetrics, TensorBoard
 from utils.options import CURRICULUM, RECORDED, TASK_GROUPS, Options, Parser
 from utils.progress import Progress, epoch_line, report_silence, report_start
-from utils.run import Run, find_checkpoint, find_folder, table_path
+from utils.run import Run, find_checkpoint, find_folder, save_table
 
 
 def main(argv=None) -> int:
@@ -73,18 +73,7 @@ def prepare(options: Options, checkpoint: dict | None) -> tuple[torch.nn.Module,
         torch.manual_seed(options["seed"])
     with out_of_memory_in_one_line(batch_size=0):
         model = models.build_model(options.values, options["backend"])
-    try:
-        backend, why_not = models.prepare_backend(model, device.type)
-    except BackendError as error:
-        if distributed.broadcast_object("backend" in options.given):
-            raise
-        print_rank0(f"the checkpoint's run used another backend: {error}")
-        model.backend = "auto"
-        backend, why_not = models.prepare_backend(model, device.type)
-    gpu_is_idle = device.type == "cpu" and torch.cuda.is_available()
-    reasons = [f" ({name}: {why})" for name, why in why_not.items() if name != "triton" or device.type == "cuda" or gpu_is_idle]
-    print_rank0(f"backend {backend} on {device}{''.join(reasons)}")
-    options.values |= {"backend": backend, "device": device.type}
+    options.values |= {"backend": choose_backend(model, device, options), "device": device.type}
     if checkpoint:
         checkpoints.load_weights(model, checkpoint["state_dict"], options["resume"])
     return model.to(device), device
@@ -177,8 +166,8 @@ def train(options: Options, checkpoint: dict | None) -> int:
                 return status
     progress.close()
     best = run.folder / checkpoints.BEST
-    tested = f"; --resume {shlex.quote(str(best))} --evaluate tests it" if best.exists() else f", reached before {options['resume']}"
-    print_rank0(f"best validation accuracy {state.best_acc:.3f} %{tested}")
+    known = f"; --resume {shlex.quote(str(best))} --evaluate tests it" if best.exists() else ", reached before this run's start"
+    print_rank0(f"best validation accuracy {state.best_acc:.3f} %{known}")
     return 0
 
 
@@ -303,26 +292,12 @@ def evaluate_checkpoint(options: Options, checkpoint: dict) -> int:
         loss, accuracy = evaluate(model, samples, options, device)
         rows.append({"sequence_length": length, "accuracy": accuracy, "loss": loss})
         print_rank0(f"sequence_length {length:3d}  loss {loss:.4f}  accuracy {accuracy:7.3f} %")
-    constants = {"trained_length": checkpoint["params"]["sequence_length"], "num_classes": options["num_classes"]}
-    constants |= {"samples": len(samples), "dataset_seed": options["dataset_seed"], "checkpoint": options["resume"]}
     try:
         if distributed.is_main() and (len(rows) > 1 or options["output_dir"]):
-            write_table(table_path(options), [row | constants for row in rows])
-    except UserError as failure:
-        if options["output_dir"]:
-            raise
-        print_rank0(f"warning: {failure}")
+            save_table(options, rows, trained_length=checkpoint["params"]["sequence_length"], samples=len(samples))
     finally:  # the result is printed even where the table cannot be written
         print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
     return 0
-
-
-def not_finite(where: str, what: str, options: Options) -> UserError:
-    defaults = models.network_options(options["network"])
-    changed = [f"--{n} {options[n]}" for n, v in defaults.items() if isinstance(v, float) and options[n] != v]
-    constants = f"values of {', '.join(changed)} nearer to the defaults, or " if changed else ""
-    return UserError(f"{where}: not finite: {what}; the last checkpoint stays. Try {constants}a lower --learning_rate or "
-                     "--max_grad_norm")  # fmt: skip
 
 
 if __name__ == "__main__":

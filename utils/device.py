@@ -1,7 +1,10 @@
-"""The device that a network runs on."""
+"""The device and the backend that a network runs on."""
 
 import torch
 
+import models
+from utils import distributed
+from utils.distributed import print_rank0
 from utils.errors import UserError
 from utils.options import Options
 
@@ -24,3 +27,27 @@ def choose_device(options: Options) -> torch.device:
             return torch.device("cpu")
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu")
     return device
+
+
+def choose_backend(model: torch.nn.Module, device: torch.device, options: Options) -> str:
+    """The backend that runs a network, which proves here that it computes it. Prints which one, and why not a faster one.
+
+    One that comes from a checkpoint and does not run here gives way to `auto`.
+
+    Raises:
+        models.BackendError: the backend asked for by name cannot run this network here.
+    """
+    try:
+        backend, why_not = models.prepare_backend(model, device.type)
+    except models.BackendError as error:
+        if distributed.broadcast_object("backend" in options.given):
+            raise
+        print_rank0(f"the checkpoint's run used another backend: {error}")
+        model.backend = "auto"
+        backend, why_not = models.prepare_backend(model, device.type)
+    reasons = (f" ({name}: {why})" for name, why in why_not.items() if name != "triton" or device.type == "cuda")
+    line = f"backend {backend} on {device}{''.join(reasons)}"
+    if device.type == "cpu" and torch.cuda.is_available() and not options.given & {"device", "gpu"}:
+        line += "; there is a GPU, which --device cuda --backend auto uses"
+    print_rank0(line)
+    return backend

@@ -5,9 +5,12 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+
+import models
 
 
 class UserError(Exception):
@@ -16,6 +19,15 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """Options that cannot be meant."""
+
+
+def not_finite(where: str, what: str, options: Mapping[str, Any]) -> UserError:
+    """What stops a network whose numbers are not finite: the constants that are not at their defaults, or the training."""
+    defaults = models.network_options(options["network"])
+    changed = [f"--{n} {options[n]}" for n, v in defaults.items() if isinstance(v, float) and options[n] != v]
+    constants = f"values of {', '.join(changed)} nearer to the defaults, or " if changed else ""
+    training = "a lower --learning_rate or --max_grad_norm"
+    return UserError(f"{where}: not finite: {what}; the last checkpoint stays. Try {constants}{training}")
 
 
 def warn_in_one_line() -> None:

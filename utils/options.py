@@ -4,6 +4,7 @@ import argparse
 import difflib
 import functools
 import math
+import operator
 import os
 import re
 import sys
@@ -51,29 +52,24 @@ class Option:
         converted = _CONVERTERS.get(self.kind, self.kind)(value)
         if self.choices and converted not in self.choices:
             raise ValueError(f"must be one of {', '.join(map(str, self.choices))}, not {short(value)}")
+        bounds = (
+            (self.low, operator.lt, "at least"),
+            (self.above, operator.le, "greater than"),
+            (self.high, operator.gt, "at most"),
+        )
         for number in converted if isinstance(converted, tuple) else (converted,):
-            if self.low is not None and number < self.low:
-                raise ValueError(f"must be at least {self.low:g}, not {number}")
-            if self.above is not None and number <= self.above:
-                raise ValueError(f"must be greater than {self.above:g}, not {number}")
-            if self.high is not None and number > self.high:
-                raise ValueError(f"must be at most {self.high:.10g}, not {number}")
+            for bound, is_beyond, words in bounds:
+                if bound is not None and is_beyond(number, bound):
+                    raise ValueError(f"must be {words} {bound:.10g}, not {number}")
         return converted
 
 
-def _to_int(value: Any) -> int:
+def _to_number(kind: type, name: str, value: Any) -> int | float:
     try:
-        return int(str(value))
+        number = kind(str(value))
     except ValueError:
-        raise ValueError(f"must be a whole number, not {short(value)}") from None
-
-
-def _to_float(value: Any) -> float:
-    try:
-        number = float(str(value))
-    except ValueError:
-        raise ValueError(f"must be a number, not {short(value)}") from None
-    if not math.isfinite(number):
+        raise ValueError(f"must be a {name}, not {short(value)}") from None
+    if kind is float and not math.isfinite(number):
         raise ValueError(f"must be finite, not {value}")
     return number
 
@@ -91,7 +87,12 @@ def _to_str(value: Any) -> str:
     return os.path.expanduser(value)  # of a path such as ~/runs, which no shell has expanded
 
 
-_CONVERTERS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
+_CONVERTERS = {
+    int: functools.partial(_to_number, int, "whole number"),
+    float: functools.partial(_to_number, float, "number"),
+    bool: _to_bool,
+    str: _to_str,
+}
 
 
 def lengths(value: Any) -> int | tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 
 from utils import checkpoints
 from utils.errors import UsageError, UserError
-from utils.metrics import write_metrics
+from utils.metrics import write_metrics, write_table
 from utils.options import DATA, MODEL, RECORDED, SEQUENCE_LENGTH, Options
 
 OPTIONS = "options.yaml"
@@ -182,11 +182,21 @@ def find_folder(options: Options, checkpoint: dict | None) -> Iterator[Path]:
                 folder.rmdir()  # it is empty where the start was refused
 
 
-def table_path(options: Options) -> Path:
-    """The table of an evaluation: in --output_dir, or beside the checkpoint under its name."""
-    if options["output_dir"]:
-        return Path(options["output_dir"]) / TABLE
-    return Path(f"{options['resume'].removesuffix('.pth.tar')}.{TABLE}")
+def save_table(options: Options, rows: list[dict[str, Any]], **others: Any) -> None:
+    """Write what an evaluation found: into --output_dir, or beside the checkpoint under its name.
+
+    Raises:
+        UserError: it cannot be written into --output_dir; beside a checkpoint that is a warning.
+    """
+    asked_for = options["output_dir"]
+    beside = Path(f"{options['resume'].removesuffix('.pth.tar')}.{TABLE}")
+    others |= {"num_classes": options["num_classes"], "dataset_seed": options["dataset_seed"], "checkpoint": options["resume"]}
+    try:
+        write_table(Path(asked_for) / TABLE if asked_for else beside, [row | others for row in rows])
+    except UserError as failure:
+        if asked_for:
+            raise
+        print(f"warning: {failure}", flush=True)
 
 
 # The checkpoint of --resume
