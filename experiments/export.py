@@ -92,7 +92,7 @@ def published(checkpoint: dict, source: Path) -> dict:
     """The content of a published checkpoint (format: utils/checkpoints.py)."""
     params, table = checkpoint["params"], {option.name: option for group in TASK_GROUPS.values() for option in group}
     own = [option for option in MODEL if option.name not in PUBLISHED_OPTIONS]
-    if unknown := [f"{o.name} {params[o.name]}" for o in own if params[o.name] != o.default]:
+    if unknown := [f"{o.name} {params[o.name]}" for o in own if params.get(o.name, o.default) != o.default]:
         raise UserError(f"{source}: the published program has no {', '.join(unknown)}")
     options = {name: params.get(name, table[name].default) for name in PUBLISHED_OPTIONS} | {"distributed": False}
     options |= {"inf_data": bool(options["inf_data"]), "resume": "", "evaluate": False}
