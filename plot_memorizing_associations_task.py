@@ -19,7 +19,7 @@ import torch
 import data
 import models
 from utils import checkpoints, figures, results
-from utils.errors import UserError, outlive_output, warn_in_one_line
+from utils.errors import UsageError, UserError, outlive_output, warn_in_one_line
 from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
 
 # Figure -> the option that names what it is drawn from. The animation takes its time: it is drawn when asked for by name.
@@ -86,7 +86,9 @@ def main(argv=None) -> int:
     parser = Parser(__doc__.splitlines()[0], GROUPS)
     options = parser.parse(argv)
     try:
-        plot(options, parser)
+        plot(options)
+    except UsageError as error:
+        parser.error(str(error))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -96,31 +98,33 @@ def main(argv=None) -> int:
     return 0
 
 
-def plot(options: Options, parser: Parser) -> None:
+def plot(options: Options) -> None:
     """Everything that happens, in order. What is wrong with the input is reported before anything is computed."""
     available = [name for name, option in SOURCE.items() if options[option]]
     if not available:
-        parser.error("nothing to draw: give --checkpoint_path, --metrics or --csv")
+        raise UsageError("nothing to draw: give --checkpoint_path, --metrics or --csv")
     chosen = [name for name in available if name != "animation"] if options["figure"] == "all" else [options["figure"]]
     if chosen[0] not in available:
-        parser.error(f"--figure {chosen[0]} needs --{SOURCE[chosen[0]]}")
+        raise UsageError(f"--figure {chosen[0]} needs --{SOURCE[chosen[0]]}")
     sources = {name: several(options[SOURCE[name]]) for name in chosen}
     files = figures.choose_files(sources, options["output"], options["format"])
     data_file = Path(options["save_data"]).expanduser()
 
     training = read_curves(options["metrics"], lambda run: run.metrics, METRICS)
     lengths = read_curves(options["csv"], lambda run: run.tests, ("sequence_length", "accuracy"))
-    numbers = {f"{run.label}/{name}": column for run in (*training, *lengths) for name, column in run.columns.items()}
+    numbers = {}
+    for n, run in enumerate((*training, *lengths), start=1):
+        numbers |= {f"run {n}: {run.label}/{name}": column for name, column in run.columns.items()}
     if options["checkpoint_path"]:
-        checkpoint = checkpoints.load(options["checkpoint_path"], {name: options[name] for name in options.given})
-        adopt_checkpoint(options, checkpoint, parser)
-        zoom = choose_zoom(options, parser)
+        checkpoint_path = Path(options["checkpoint_path"]).expanduser()
+        checkpoint = checkpoints.load(checkpoint_path, {name: options[name] for name in options.given})
+        adopt_checkpoint(options, checkpoint)
+        zoom = choose_zoom(options)
     for path in (*files, *([data_file] if options["save_data"] else [])):
         figures.check_writable(path)
 
     if options["checkpoint_path"]:
-        model, sample, output = record(options, checkpoint["state_dict"])
-        trial = trial_of(model, sample, output)
+        model, output, trial = record(options, checkpoint["state_dict"])
         print_table(options, checkpoint, trial, output.rates)
         numbers |= numbers_of(trial, output.rates)
     draw = {
@@ -145,17 +149,19 @@ def plot(options: Options, parser: Parser) -> None:
 # One sample
 
 
-def adopt_checkpoint(options: Options, checkpoint: Mapping[str, Any], parser: Parser) -> None:
+def adopt_checkpoint(options: Options, checkpoint: Mapping[str, Any]) -> None:
     """Take what is not given from the checkpoint; model options that are given must be the checkpoint's, but for the length."""
     params = checkpoint["params"]
     options.adopt(params, (*MODEL, SHARED["dataset_seed"]))
     differing = options.differences(params, [option for option in MODEL if option is not SEQUENCE_LENGTH])
     if differing and options["check_params"]:
-        parser.error(f"{options['checkpoint_path']}: model options differ: {', '.join(differing)}; --check_params 0 overrides")
+        raise UsageError(
+            f"{options['checkpoint_path']}: model options differ: {', '.join(differing)}; --check_params 0 overrides"
+        )
     if len(options.all_lengths) > 1:
-        parser.error("--sequence_length: one length can be drawn at a time")
+        raise UsageError("--sequence_length: one length can be drawn at a time")
     if error := options.combination_error():
-        parser.error(error)
+        raise UsageError(error)
     if options["network"] != models.networks.DEFAULT:
         path, network = options["checkpoint_path"], options["network"]
         raise UserError(f"{path}: of the network {network}; only {models.networks.DEFAULT} has the spikes and memory to draw")
@@ -163,40 +169,37 @@ def adopt_checkpoint(options: Options, checkpoint: Mapping[str, Any], parser: Pa
         options.values["example"] = int(np.random.default_rng(options["seed"]).integers(data.EVALUATION_SAMPLES["test"]))
 
 
-def choose_zoom(options: Options, parser: Parser) -> figures.Zoom:
+def choose_zoom(options: Options) -> figures.Zoom:
     """The part to draw, which must hold a neuron of every population and some time."""
     if options["neurons"]:
         first, last = options["neurons"]
         smallest = min(options["embedding_size"], options["memory_size"])
         if not first <= last or first >= smallest:
-            parser.error(f"--neurons {first} {last}: must be FIRST LAST with FIRST <= LAST and FIRST < {smallest}")
+            raise UsageError(f"--neurons {first} {last}: must be FIRST LAST with FIRST <= LAST and FIRST < {smallest}")
     if options["time_range"]:
         start, end = options["time_range"]
         duration = (options["sequence_length"] + 1) * options["num_time_steps"]
         if not start < end or start >= duration:
-            parser.error(f"--time_range {start:g} {end:g}: must be START END in ms with START < END and START < {duration}")
+            raise UsageError(f"--time_range {start:g} {end:g}: must be START END in ms with START < END and START < {duration}")
     return figures.Zoom(options["neurons"], options["time_range"])
 
 
 @torch.no_grad()
 def record(options: Options, state_dict: Mapping[str, torch.Tensor]):
-    """The network, one sample of the published test set, and what the network does with it."""
+    """The network, what it does with one sample of the published test set, and both as arrays."""
     model = models.build_model(options.values, "reference")  # the plain model alone records membranes
     checkpoints.load_weights(model, state_dict, options["checkpoint_path"])
     sizes = (options["sequence_length"], options["num_classes"], options["feature_size"], options["dataset_seed"])
     sample = data.evaluation_set("test", *sizes)[options["example"] : options["example"] + 1]
-    return model, sample, model(sample.features, sample.labels, sample.query, record=True)
-
-
-def trial_of(model, sample: data.Samples, output: models.Output) -> figures.Trial:
+    output = model(sample.features, sample.labels, sample.query, record=True)
     activity = output.activity
-    return figures.Trial(
+    trial = figures.Trial(
         features=sample.features[0].numpy(),
         labels=sample.labels[0].numpy(),
         query=sample.query[0].numpy(),
         answer=int(sample.answer[0]),
         logits=output.logits[0].numpy(),
-        readout_weights=model.output_layer.weight.detach().numpy(),
+        readout_weights=model.output_layer.weight.numpy(),
         spikes={name: activity[name][0].bool().numpy() for name in models.POPULATIONS},
         membranes={name: activity["membranes"][name][0].numpy() for name in models.POPULATIONS},
         memories=activity["memories"][0].numpy(),
@@ -204,6 +207,7 @@ def trial_of(model, sample: data.Samples, output: models.Output) -> figures.Tria
         num_time_steps=model.dynamics.num_time_steps,
         readout_steps=model.dynamics.readout_steps,
     )
+    return model, output, trial
 
 
 def memory_in_time(model, activity: Mapping[str, Any], trial: figures.Trial) -> np.ndarray:

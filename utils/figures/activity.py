@@ -120,16 +120,16 @@ def population_in(phase: Phase, row: tuple) -> str | None:
 def time_grid(figure: FigureBase, trial: Trial, phases: list[Phase], heights: list[float], right: float = 0) -> np.ndarray:
     """Axes, rows x (phases, and one more column of the relative width `right`), on one time axis in ms, the phases shaded.
 
-    Recall, which lasts for one input only, gets at least a fifth of the width of storing.
+    A short phase, as recall is, gets at least a fifth of the width of the other.
     """
-    widths = [phase.high - phase.low for phase in phases]
-    widths[-1] = max(widths[-1], 0.2 * widths[0])
+    durations = np.array([phase.high - phase.low for phase in phases])
+    widths = np.maximum(durations, 0.2 * durations.max())
     ratios = [*widths, *([right * sum(widths)] if right else [])]
     grid = {"width_ratios": ratios, "height_ratios": heights}
     axes = figure.subplots(len(heights), len(ratios), sharex="col", sharey="row", squeeze=False, gridspec_kw=grid)
     for ax in axes[:-1].flat:
         ax.tick_params(axis="x", length=0)
-    for column, phase in zip(axes.T, phases, strict=False):
+    for column, phase, wider in zip(axes.T, phases, widths / durations, strict=False):
         for ax in column:
             ax.set_facecolor(phase.tint)
             if phase.name == "Store":
@@ -140,8 +140,7 @@ def time_grid(figure: FigureBase, trial: Trial, phases: list[Phase], heights: li
             if phase is not phases[0]:
                 ax.spines["left"].set_visible(False)
                 ax.tick_params(axis="y", length=0)
-        wider = widths[-1] / (phase.high - phase.low)
-        column[-1].set_xlabel(f"{wider:.2g}× wider" if phase is not phases[0] and wider > 1.05 else "Time (ms)")
+        column[-1].set_xlabel(f"{wider:.2g}× wider" if wider > 1.05 else "Time (ms)")
         first, last = phase is phases[0], phase is phases[-1]
         nbins, prune = (8, None if last else "upper") if first else (2, None)
         column[-1].xaxis.set_major_locator(MaxNLocator(nbins, integer=True, steps=[1, 2, 5, 10], prune=prune))
@@ -167,14 +166,15 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     above, below = figure.subfigures(2, 1, height_ratios=(22 + 30 * len(rows), 30), hspace=0.05)
     axes = time_grid(above, trial, phases, [12] + [17, 5] * len(rows), right=0.2)
 
-    image = draw_inputs(axes[0], trial, phases, "a")
+    letters = iter("abcdefg")
+    image = draw_inputs(axes[0], trial, phases, next(letters))
     leave_out(axes[0, -1])
     place = axes[0, -1].inset_axes((0, 0.45, 1, 0.2))
     above.colorbar(image, cax=place, orientation="horizontal", ticks=(0, 0.5, 1)).set_label("Input value")
     place.spines[:].set_linewidth(0.5)
 
-    for (raster, strip), row, letter in zip(axes[1:].reshape(-1, 2, axes.shape[1]), rows, "bcde", strict=False):
-        heading(raster[0], letter, row[0])
+    for (raster, strip), row in zip(axes[1:].reshape(len(rows), 2, -1), rows, strict=True):
+        heading(raster[0], next(letters), row[0])
         raster[0].set_ylabel("Neuron")
         strip[0].set_ylabel("Hz")
         leave_out(strip[-1])
@@ -202,9 +202,10 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     above.align_ylabels(axes[:, 0])
 
     readout, logits = below.subplots(1, 2, width_ratios=(1.4, np.clip(0.07 * len(trial.logits), 0.7, 2)))
+    heading(readout, next(letters), f"Readout: spikes in the last {trial.duration_ms - trial.readout_ms} ms")
     draw_readout(readout, trial, zoom)
+    heading(logits, next(letters), "Output")
     draw_logits(logits, trial)
-    heading(readout, "fg"[len(rows) < 4], f"Readout: spikes in the last {trial.duration_ms - trial.readout_ms} ms")
     return figure
 
 
@@ -229,7 +230,7 @@ def draw_inputs(axes: np.ndarray, trial: Trial, phases: list[Phase], letter: str
             ax.annotate(str(word), **place, textcoords="offset points", ha="center", size=6, annotation_clip=False, **look)
         ax.set_title(phase.name, loc="right", color=phase.colour, pad=4 + 7 * levels)
         if phase is phases[0]:
-            heading(ax, letter, "Inputs with labels", pad=4 + 7 * levels)
+            heading(ax, letter, "Inputs", pad=4 + 7 * levels)
     axes[0].set_yticks([0, size - 1] if size > 1 else [0])
     return image
 
@@ -278,7 +279,6 @@ def draw_logits(ax: Axes, trial: Trial) -> None:
         bar.set_gid(f"logit {n}")
     ax.axhline(0, color=BLACK, lw=0.5)
     ax.annotate("▾", (prediction, max(trial.logits[prediction], 0)), ha="center", va="bottom")
-    heading(ax, "g", "Output")
     ax.set_title(f"▾ prediction {prediction}", loc="center", size=6, weight="normal")
     ax.set_title(f"answer {trial.answer}", loc="right", size=6, weight="normal", color=GREEN)
     ax.margins(y=0.15)
@@ -308,6 +308,8 @@ def memory(trial: Trial, zoom: Zoom = ALL, most: int = 10) -> Figure:
     image = matrix.imshow(memories[-1], interpolation="nearest", **look)
     image.set_gid("memory")
     matrix.set(xlabel="Key neuron", ylabel="Value neuron")
+    for axis in (matrix.xaxis, matrix.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
     above.colorbar(image, ax=matrix, label="Weight (dimensionless)").outline.set_linewidth(0.5)
     heading(weights, "b", "Distribution of its weights")
     draw_weights(weights, memories[-1])
@@ -345,14 +347,14 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
     phases = visible_phases(trial, zoom)
     rows = [row for row in ROWS if any(population_in(phase, row) for phase in phases)]
     chosen = [(row, place, neuron) for row in rows for place, neuron in enumerate(representative(trial, row, zoom, count))]
-    figure = new_figure(TWO_COLUMNS, 14 + 6 * len(rows) + 11 * len(chosen))
+    figure = new_figure(TWO_COLUMNS, 20 + 6 * len(rows) + 11 * len(chosen))
     axes = time_grid(figure, trial, phases, [1] * len(chosen))
     for phase, ax in zip(phases, axes[0], strict=True):
-        ax.set_title(phase.name, loc="right", color=phase.colour, pad=6)
-    letters = iter("abcd")
+        above = {"xy": (1, 1), "xycoords": "axes fraction", "xytext": (0, 16), "textcoords": "offset points"}
+        ax.annotate(phase.name, **above, ha="right", weight="bold", color=phase.colour)
     for (row, place, neuron), line in zip(chosen, axes, strict=True):
         if place == 0:
-            heading(line[0], next(letters), row[0], pad=6)
+            heading(line[0], "abcd"[rows.index(row)], row[0], pad=6)
         line[0].set_ylabel(f"neuron\n{neuron}", size=6, rotation=0, ha="right", va="center")
         for phase, ax in zip(phases, line, strict=True):
             if name := population_in(phase, row):
@@ -362,7 +364,7 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
         line[0].yaxis.set_major_locator(MaxNLocator(3))
     figure.align_ylabels(axes[:, 0])
     figure.supylabel("Membrane potential (θ)", size=7)
-    axes[-1, 0].set_xlabel("Time (ms). Dashed: threshold θ. Ticks above: spikes.")
+    figure.supxlabel("Dashed: threshold θ. Ticks above: spikes.", size=6, color=GREY)
     return figure
 
 

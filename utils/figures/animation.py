@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from tqdm import tqdm
 
@@ -59,6 +60,8 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
     look = {"vmin": 0, "vmax": memories.max() or 1, "origin": "lower", "interpolation": "nearest"}
     image = matrix.imshow(memories[-1], extent=extent, **look)
     matrix.set(xlabel="Key neuron", ylabel="Value neuron")
+    for axis, most in ((matrix.xaxis, 6), (matrix.yaxis, 6), (output.xaxis, 11)):
+        axis.set_major_locator(MaxNLocator(most, integer=True))
     read = trial.spikes["read_value"][trial.readout_ms - trial.store_ms :]
     logits = np.stack([trial.readout_weights @ read[: max(0, t - trial.readout_ms)].sum(axis=0) for t in times])
     bars = output.bar(range(logits.shape[1]), logits[-1], lw=0)

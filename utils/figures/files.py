@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.figures.animation import save_animation, video_formats
 from utils.figures.style import styled
 
@@ -24,18 +24,18 @@ def choose_files(figures: dict[str, Sequence[str]], output: str, kind: str) -> d
         kind: the format in a folder.
 
     Raises:
-        UserError: `output` cannot hold these figures, or not here.
+        UsageError: `output` cannot hold these figures, or not here.
     """
     target, files = Path(output).expanduser(), {}
     is_file = output and not target.is_dir() and target.suffix[1:].lower() in {*FORMATS, *ALIKE}
     if is_file and len(figures) > 1:
-        raise UserError(f"--output {output}: a file holds one figure; choose with --figure {', '.join(figures)}")
+        raise UsageError(f"--output {output}: a file holds one figure; choose with --figure {', '.join(figures)}")
     for name, sources in figures.items():
         kinds = video_formats() if name == "animation" else tuple(FORMATS)
         if is_file:
             if target.suffix[1:].lower() not in kinds:
                 hint = ", .mp4 with ffmpeg" if kinds == ("gif",) else ""
-                raise UserError(f"--output {output}: must be a folder or end in {', '.join(f'.{k}' for k in kinds)}{hint}")
+                raise UsageError(f"--output {output}: must be a folder or end in {', '.join(f'.{k}' for k in kinds)}{hint}")
             files[target] = name
             continue
         folder, prefix = (target, "") if output else beside(sources)
