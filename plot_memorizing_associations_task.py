@@ -37,7 +37,7 @@ METRICS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "validation
 
 def several(value: Any) -> tuple[str, ...]:
     """One path or several."""
-    return (value,) if isinstance(value, str) else tuple(map(str, value))
+    return tuple(os.path.expanduser(path) for path in ([value] if isinstance(value, str) else value))
 
 
 def two(kind: type, wanted: str) -> Callable[[Any], tuple]:
@@ -108,7 +108,7 @@ def plot(options: Options) -> None:
         raise UsageError(f"--figure {chosen[0]} needs --{SOURCE[chosen[0]]}")
     sources = {name: several(options[SOURCE[name]]) for name in chosen}
     files = figures.choose_files(sources, options["output"], options["format"])
-    data_file = Path(options["save_data"]).expanduser()
+    data_file = Path(options["save_data"])
 
     training = read_curves(options["metrics"], lambda run: run.metrics, METRICS)
     lengths = read_curves(options["csv"], lambda run: run.tests, ("sequence_length", "accuracy"))
@@ -116,8 +116,7 @@ def plot(options: Options) -> None:
     for n, run in enumerate((*training, *lengths), start=1):
         numbers |= {f"run {n}: {run.label}/{name}": column for name, column in run.columns.items()}
     if options["checkpoint_path"]:
-        checkpoint_path = Path(options["checkpoint_path"]).expanduser()
-        checkpoint = checkpoints.load(checkpoint_path, {name: options[name] for name in options.given})
+        checkpoint = checkpoints.load(options["checkpoint_path"], {name: options[name] for name in options.given})
         adopt_checkpoint(options, checkpoint)
         zoom = choose_zoom(options)
     for path in (*files, *([data_file] if options["save_data"] else [])):
@@ -258,7 +257,7 @@ def read_curves(places: tuple[str, ...], read: Callable, needed: tuple[str, ...]
         places: files, or folders of runs.
         read: which table of a run to take.
     """
-    runs = [run for place in places for run in results.read_results(Path(place).expanduser()) if read(run)]
+    runs = [run for place in places for run in results.read_results(Path(place)) if read(run)]
     if places and not runs:
         raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
     told = [o.name for o in (*MODEL, *TRAINING, *CURRICULUM) if o.name not in ("seed", "epochs", "start_epoch")]

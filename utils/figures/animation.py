@@ -103,7 +103,7 @@ def save_animation(frames: list[Image.Image], path: Path) -> None:
         OSError: the file cannot be written.
     """
     if path.suffix.lower() == ".gif":
-        palette = frames[-1].quantize(256)  # one for all: what does not change then costs nothing
+        palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)  # one for all: what does not change then costs nothing
         first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
         first.save(path, append_images=others, save_all=True, loop=0, duration=[*[FRAME_MS] * len(others), LAST_FRAME_MS])
         return

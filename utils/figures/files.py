@@ -26,7 +26,7 @@ def choose_files(figures: dict[str, Sequence[str]], output: str, kind: str) -> d
     Raises:
         UsageError: `output` cannot hold these figures, or not here.
     """
-    target, files = Path(output).expanduser(), {}
+    target, files = Path(output), {}
     is_file = output and not target.is_dir() and target.suffix[1:].lower() in {*FORMATS, *ALIKE}
     if is_file and len(figures) > 1:
         raise UsageError(f"--output {output}: a file holds one figure; choose with --figure {', '.join(figures)}")
@@ -45,7 +45,7 @@ def choose_files(figures: dict[str, Sequence[str]], output: str, kind: str) -> d
 
 def beside(sources: Sequence[str]) -> tuple[Path, str]:
     """Where to write what is drawn from these files: the folder, and how names begin. Of one file, it is its own name."""
-    common = Path(os.path.relpath(os.path.commonpath([os.path.abspath(Path(source).expanduser()) for source in sources])))
+    common = Path(os.path.relpath(os.path.commonpath([os.path.abspath(source) for source in sources])))
     return (common, "") if common.is_dir() else (common.parent, Path(common.name.removesuffix(".tar")).stem + ".")
 
 
