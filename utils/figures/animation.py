@@ -79,7 +79,9 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
     canvas.draw()
     background = canvas.copy_from_bbox(figure.bbox)
     frames = []
-    for t, memory, logit in zip(tqdm(times, "animation", unit=" frames", leave=False), memories, logits, strict=True):
+    for t, memory, logit in zip(
+        tqdm(times, "animation", unit=" frames", leave=False, disable=None), memories, logits, strict=True
+    ):
         for phase, cover in future:
             start = np.clip(t, phase.low, phase.high)
             cover.set(x=start, width=phase.high - start)
