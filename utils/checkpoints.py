@@ -311,7 +311,7 @@ def _completed(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 raise ValueError(f"params: {option.name} {wrong}") from wrong
     defaults = _model_defaults(completed.get("network", models.networks.DEFAULT))
     missing = {name: value for name, value in defaults.items() if name not in completed}
-    return missing | completed, list(missing)
+    return missing | completed, [name for name in missing if name != "network"]  # without one it is the published network
 
 
 def _model_defaults(network: str) -> dict[str, Any]:
