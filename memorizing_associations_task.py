@@ -51,7 +51,7 @@ def main(argv=None) -> int:
             return 0
         if options["evaluate"]:
             return launch.run(evaluate_checkpoint, ranks, options, checkpoint)
-        with find_folder(options, checkpoint) as folder:
+        with find_folder(options, checkpoint, leads) as folder:
             options.values["output_dir"] = str(folder)
             return launch.run(train, ranks, options, checkpoint)
     except UsageError as error:

@@ -167,9 +167,13 @@ def new_folder() -> Path:
 
 
 @contextlib.contextmanager
-def find_folder(options: Options, checkpoint: dict | None) -> Iterator[Path]:
-    """The folder of a training: --output_dir, or that of the checkpoint to continue, or a new one."""
-    if options["output_dir"]:
+def find_folder(options: Options, checkpoint: dict | None, leads: bool) -> Iterator[Path]:
+    """The folder of a training: --output_dir, or that of the checkpoint to continue, or a new one.
+
+    Args:
+        leads: whether the main process runs here; elsewhere none is made, and its name is the first node's.
+    """
+    if options["output_dir"] or not leads:
         yield Path(options["output_dir"])
     elif checkpoint and Path(options["resume"]).with_name(OPTIONS).exists():
         yield Path(options["resume"]).parent
