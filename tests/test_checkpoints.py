@@ -136,6 +136,14 @@ def test_damaged_files_are_refused_or_hold_what_was_written(times, kind, ours, t
     assert refused > times / 2
 
 
+def test_a_record_marked_as_a_folder_is_not_read_as_what_stands_in_memory(tmp_path):
+    content = bytearray(PUBLISHED.read_bytes())
+    content[content.index(b"PK\1\2", content.index(b"PK\1\2") + 1) + 38] |= 0x10  # external attributes, in the directory
+    (tmp_path / "marked.pth.tar").write_bytes(content)
+    with pytest.raises(UserError, match="damaged in .*; use another checkpoint"):
+        checkpoints.load(tmp_path / "marked.pth.tar")
+
+
 def changed(content: dict, *path_and_value) -> dict:
     """With what stands under a path of keys replaced; a callable gets the old value, None removes it."""
     *path, last, value = path_and_value

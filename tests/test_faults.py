@@ -149,7 +149,7 @@ def check_metrics(folder: Path) -> None:
         epochs = [json.loads(line)["epoch"] for line in (folder / METRICS).read_text().splitlines()]
         finished = checkpoints.load(folder / checkpoints.LAST)["epoch"]
         assert epochs == list(range(1, len(epochs) + 1))
-        assert finished - 1 <= len(epochs) <= finished  # the file follows the checkpoint
+        assert finished <= len(epochs) <= finished + 1  # the checkpoint follows the file
 
 
 def check_same_run(ours: Path, theirs: Path) -> None:
@@ -162,6 +162,14 @@ def check_same_run(ours: Path, theirs: Path) -> None:
     one, other = ([line | {"seconds": 0} for line in read_metrics(folder / METRICS)] for folder in (ours, theirs))
     assert one == other, "the metrics differ"
     assert not list(ours.glob(".*.tmp")), "temporary files are left"
+
+
+def test_the_checkpoint_is_written_last(folder, monkeypatch):
+    """Were it written before the metrics, a kill in between would lose the last epoch's line for good."""
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (written.append(Path(target).name), replace(source, target)))
+    Run(folder).save(checkpoints.load(folder / checkpoints.LAST), is_best=True)
+    assert written == [checkpoints.BEST, METRICS, checkpoints.LAST]
 
 
 def test_what_a_killed_writer_left_is_removed(folder):
@@ -328,8 +336,9 @@ def test_memory_does_not_grow_with_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 16 * steps)
 
     def counted_step(*arguments):
-        step(*arguments)
+        sums = step(*arguments)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        return sums
 
     monkeypatch.setattr(task, "train_step", counted_step)
     assert task.main([*TINY, "--batch_size", "16", "--epochs", "1", "--output_dir", str(tmp_path)]) == 0

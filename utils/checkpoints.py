@@ -217,7 +217,9 @@ def _read(path: Path) -> Any:
     """What a `torch.save` file holds. Raises OSError, or ValueError saying what is wrong with it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
+            # A record that is marked as a folder (0x10) would be read as whatever stands in memory.
+            folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
+            if damaged := archive.testzip() or next(folders, None):
                 raise ValueError(f"damaged in {damaged!r}; use another checkpoint")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -128,12 +128,15 @@ class Run:
         checkpoints.write_atomically(self.folder / OPTIONS, lambda file: file.write(text.encode(errors="replace")))
 
     def save(self, checkpoint: dict[str, Any], is_best: bool = False) -> Path:
-        """Write the checkpoint, then the metrics file from its history, so that a checkpoint brings the metrics back."""
+        """Write the metrics file from the checkpoint's history, then the checkpoint.
+
+        Killed in between, a run resumes from the checkpoint before, and writes both again: no line is ever missing.
+        """
         if is_best:
             checkpoints.save(self.folder / checkpoints.BEST, checkpoint)
+        write_metrics(self.folder / METRICS, checkpoint["history"])
         last = self.folder / checkpoints.LAST
         checkpoints.save(last, checkpoint)
-        write_metrics(self.folder / METRICS, checkpoint["history"])
         return last
 
 
