@@ -140,7 +140,7 @@ def test_a_record_marked_as_a_folder_is_not_read_as_what_stands_in_memory(tmp_pa
     content = bytearray(PUBLISHED.read_bytes())
     content[content.index(b"PK\1\2", content.index(b"PK\1\2") + 1) + 38] |= 0x10  # external attributes, in the directory
     (tmp_path / "marked.pth.tar").write_bytes(content)
-    with pytest.raises(UserError, match="damaged in .*; use another checkpoint"):
+    with pytest.raises(UserError, match=r"damaged in .*; use another checkpoint"):
         checkpoints.load(tmp_path / "marked.pth.tar")
 
 
