@@ -60,7 +60,7 @@ SHARED = {option.name: option for option in (*DATA, *RUN)}
 GROUPS = {
     "network (default: as in the checkpoint)": MODEL,
     "what to draw": (
-        Option("checkpoint_path", "", str, "checkpoint of the network to draw; published ones, too"),
+        Option("checkpoint_path", "", str, "checkpoint of the network to draw (published ones, too), or run folder"),
         SHARED["check_params"],
         SHARED["dataset_seed"],
         Option("example", 0, int, "sample of the published test set to draw", low=0, high=data.EVALUATION_SAMPLES["test"] - 1),
@@ -100,6 +100,8 @@ def main(argv=None) -> int:
 
 def plot(options: Options) -> None:
     """Everything that happens, in order. What is wrong with the input is reported before anything is computed."""
+    if options["checkpoint_path"] and (best := Path(options["checkpoint_path"], checkpoints.BEST)).exists():  # a run's folder
+        options.values["checkpoint_path"] = str(best)
     available = [name for name, option in SOURCE.items() if options[option]]
     if not available:
         raise UsageError("nothing to draw: give --checkpoint_path, --metrics or --csv")

@@ -1,11 +1,13 @@
 """What is drawn is what was recorded; files go where they belong; what cannot be drawn is reported in one line."""
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import golden
 import matplotlib
@@ -242,10 +244,11 @@ def test_two_checkpoints_of_a_folder_keep_their_figures_and_a_seed_chooses_the_s
     for name in ("a.pth.tar", "b.v2.pth.tar"):
         shutil.copy(PUBLISHED, tmp_path / name)
     outputs = {}
-    for name, seed in (("a.pth.tar", 1), ("b.v2.pth.tar", 2), ("a.pth.tar", 1)):
+    shutil.copy(PUBLISHED, tmp_path / plot.checkpoints.BEST)
+    for name, seed in (("a.pth.tar", 1), ("b.v2.pth.tar", 2), ("a.pth.tar", 1), (".", 1)):
         printed = run(capsys, "--checkpoint_path", tmp_path / name, "--figure", "memory", "--format", "svg", "--seed", seed)
         assert outputs.setdefault(name, printed) == printed
-    assert {path.name for path in tmp_path.glob("*.svg")} == {"a.memory.svg", "b.v2.memory.svg"}
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"a.memory.svg", "b.v2.memory.svg", "model_best.memory.svg"}
     assert len({printed.splitlines()[2] for printed in outputs.values()}) == 2  # the samples
 
 
@@ -378,9 +381,14 @@ def test_wrong_options_are_named_before_anything_is_computed(capsys, monkeypatch
 
 def test_a_read_only_folder_is_refused_before_anything_is_computed(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(models.MemorizingAssociations, "forward", None)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write everywhere
     path = shutil.copy(PUBLISHED, tmp_path)
-    assert "cannot be written; choose another place (--output" in refused(capsys, "--checkpoint_path", path)
+
+    def read_only(dir):  # the tests may run as root, who may write everywhere
+        raise OSError(errno.EROFS, f"{dir} is read-only") if str(dir) == str(tmp_path) else AssertionError(dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    message = refused(capsys, "--checkpoint_path", path)
+    assert f"cannot be written ({tmp_path} is read-only); choose another place (--output" in message
 
 
 @pytest.mark.parametrize("content", [None, "", "{}\n", '{"epoch": 0}\n', "[1]\n", "\x80", "a: 1"])

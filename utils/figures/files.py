@@ -1,6 +1,7 @@
 """The files of figures: where they go, in which formats, and saving them."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def choose_files(figures: dict[str, Sequence[str]], output: str, kind: str) -> d
         kinds = video_formats() if name == "animation" else tuple(FORMATS)
         if is_file:
             if target.suffix[1:].lower() not in kinds:
-                hint = ", .mp4 with ffmpeg" if kinds == ("gif",) else ""
+                hint = " (or .mp4, where ffmpeg is installed)" if kinds == ("gif",) else ""
                 raise UsageError(f"--output {output}: must be a folder or end in {', '.join(f'.{k}' for k in kinds)}{hint}")
             files[target] = name
             continue
@@ -45,15 +46,19 @@ def choose_files(figures: dict[str, Sequence[str]], output: str, kind: str) -> d
 
 def beside(sources: Sequence[str]) -> tuple[Path, str]:
     """Where to write what is drawn from these files: the folder, and how names begin. Of one file, it is its own name."""
-    common = Path(os.path.relpath(os.path.commonpath([os.path.abspath(source) for source in sources])))
+    relative = not any(map(os.path.isabs, sources))
+    common = Path(os.path.commonpath(sources if relative else [os.path.abspath(source) for source in sources]))
     return (common, "") if common.is_dir() else (common.parent, Path(common.name.removesuffix(".tar")).stem + ".")
 
 
 def check_writable(path: Path) -> None:
     """Raises UserError where a file cannot be written, before anything is computed for it."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{path}: cannot be written; choose another place (--output, --save_data)")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as failure:
+        where = "choose another place (--output, --save_data)"
+        raise UserError(f"{path}: cannot be written ({failure.strerror}); {where}") from failure
 
 
 @styled
