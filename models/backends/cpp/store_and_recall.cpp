@@ -1,6 +1,6 @@
 // Forward and backward of the network in time, sample by sample in cache.
 //
-// Five facts make it fast:
+// Six facts make it fast:
 //   1. Spikes are rare: a product with spikes is a sum of the weight rows of the neurons that fired, and the adjoint of a
 //      spike is needed only where the surrogate derivative is not zero.                            (weights.h, lif.h)
 //   2. Between two spikes of key j nothing but the value traces acts on its column of the memory, and the column is needed
@@ -10,6 +10,8 @@
 //   4. The loss sees a column only through the spikes of its key: after the last one its adjoint is zero.   (backward.h)
 //   5. A strongly driven neuron fires again as soon as it may. So the encoding neurons that fire at a step are mostly those that
 //      fired so many steps before, and a sum over them differs from the sum then by few rows.      (forward.h)
+//   6. Some hundred steps after its last spike a key's trace has decayed below rounding. It counts as zero from there on: an update
+//      of its column changes nothing, and its adjoint is a sum.                                    (hebbian.h)
 // The backward runs a sample forward again from its input currents, keeps the columns at the start of each chunk of time,
 // and replays the steps within a chunk.
 
