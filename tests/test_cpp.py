@@ -231,3 +231,11 @@ except BackendError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     message = "out of memory in the cpp kernels with 64 samples and 64 threads; use a smaller --batch_size"
     assert done.stdout == f"True\n{message}\n", done.stderr
+
+
+def test_a_trace_that_has_decayed_still_has_a_gradient():
+    """Its updates change nothing and are skipped; what they would have stored reaches the key's surrogate derivatives."""
+    options = SMALL | {"memory_size": 24, "tau_trace": 0.5, "gamma_pos": 1.0}
+    expected, ours = (outcome(*operands(options, torch.float64), backend) for backend in ("reference", "cpp"))
+    for name, value in expected.items():
+        assert (ours[name] - value).norm() <= 1e-10 * value.norm(), name
