@@ -229,10 +229,11 @@ def test_initial_weights_have_their_published_ranges(stub, tmp_path, monkeypatch
 
 def test_a_tiny_network_learns_two_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 3000)
+    monkeypatch.setitem(data.EVALUATION_SAMPLES, "validation", 500)
     words = "--num_classes 4 --num_time_steps 100 --embedding_size 40 --memory_size 40 --seed 1 --batch_size 50 "
-    words += "--learning_rate 0.005 --curriculum_start 1"
-    assert train(tmp_path, *words.split(), epochs=3) == 0
-    assert history(tmp_path)[-1]["validation_accuracy"] > 90
+    words += "--learning_rate 0.006 --curriculum_start 1"
+    assert train(tmp_path, *words.split(), epochs=4) == 0
+    assert history(tmp_path)[-1]["validation_accuracy"] > 90  # seeds 1 to 3: 95 to 97
 
 
 # Exact continuation
