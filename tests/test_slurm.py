@@ -75,7 +75,7 @@ class Slurm:
 
     def _start(self, words: list[str]) -> subprocess.Popen:
         log = open(self.folder / "daemons.log", "a")  # noqa: SIM115 (open as long as the daemon lives)
-        return subprocess.Popen(words, env=self.environment, stdout=log, stderr=log, cwd=self.folder)
+        return subprocess.Popen(words, env=self.environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
 
     def run(self, *words: str) -> str:
         return subprocess.run(
@@ -103,7 +103,11 @@ class Slurm:
 
     def stop(self) -> None:
         subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=60)
-        time.sleep(2)
+        deadline = time.monotonic() + 90
+        while (
+            self.run("squeue", "--noheader") and time.monotonic() < deadline
+        ):  # daemons that end first leave their jobs behind
+            time.sleep(0.5)
         for daemon in reversed(self.daemons):
             daemon.terminate()
             daemon.wait(60)
