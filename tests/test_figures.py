@@ -65,7 +65,8 @@ def phase_start(trial, name) -> int:
 # --- What is drawn ------------------------------------------------------------------------------------------------------------
 
 
-def test_overview_shows_every_spike_once_rates_per_second_inputs_readout_and_logits(trial):
+def test_overview_shows_every_spike_once_rates_per_second_inputs_readout_and_logits():
+    trial = make_trial(steps=43)  # the last bin of a rate is shorter
     figure = figures.overview(trial)
     artists = drawn(figure)
     for name, spikes in trial.spikes.items():
@@ -322,6 +323,8 @@ def test_accuracy_is_shown_against_length_with_chance_and_trained_length(capsys,
     for seed in (1, 2):
         write_run(tmp_path / f"s{seed}", seed=seed)
     runs = plot.read_curves((str(tmp_path),), lambda run: run.tests, ("sequence_length", "accuracy"))
+    (one,) = plot.read_curves((str(tmp_path / "s1" / results.TABLE),), lambda run: run.tests, ("accuracy",))  # a file
+    assert (one.columns["accuracy"] == runs[0].columns["accuracy"]).all() and one.trained_length == 10
     figure = figures.accuracy_by_length(runs)
     artists = drawn(figure)
     mean = artists["mean sequence_length 10 accuracy"]
