@@ -142,9 +142,10 @@ class MemorizingAssociations(nn.Module):
             models.BackendError: the backend asked for by name cannot run this network here.
         """
         altered = _altered((self.writing_layer, self.reading_layer))
-        request = self.backend, device_type, self.dynamics, altered, backends.equations()
+        sizes, dtype = (64, self.sizes.embedding_size, self.sizes.memory_size), self.output_layer.weight.dtype
+        request = self.backend, device_type, self.dynamics, altered, sizes, dtype, backends.equations()
         if self._choice is None or self._choice[0] != request:
-            self._choice = request, backends.choose(*request[:3], reference, altered)
+            self._choice = request, backends.choose(*request[:3], reference, *request[3:-1])
         return self._choice[1]
 
     def _program(self, device_type: str):

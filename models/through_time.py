@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Step = Callable[..., tuple[Any, tuple[Tensor, ...]]]
 
 
-def through_time(step: Step, state: Any, *inputs: Tensor, recompute_every: int | None = None) -> tuple[Any, tuple[Tensor, ...]]:
+def through_time(
+    step: Step, state: Any, *inputs: Tensor, recompute_every: int | None = None, run: Callable | None = None
+) -> tuple[Any, tuple[Tensor, ...]]:
     """Apply `step` at every time step.
 
     Args:
@@ -20,11 +22,12 @@ def through_time(step: Step, state: Any, *inputs: Tensor, recompute_every: int |
         inputs: each B x time x ...; a step is given their slices B x ...
         recompute_every: while gradients are recorded, keep the state every so many steps only and recompute the steps
             between in the backward pass. None: automatic differentiation keeps every step.
+        run: what applies the step to inputs of some length; `run_steps` if None.
 
     Returns:
         The state after the last time step, and the outputs, each B x time x ...
     """
-    run = functools.partial(_run, step)
+    run = functools.partial(run or run_steps, step)
     leaves, structure = tree_flatten(state)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *leaves))
     if recompute_every is None or not differentiated or _learns(step, state, inputs):
@@ -33,7 +36,7 @@ def through_time(step: Step, state: Any, *inputs: Tensor, recompute_every: int |
     return tree_unflatten(list(results[: len(leaves)]), structure), results[len(leaves) :]
 
 
-def _run(step: Step, state: Any, *inputs: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+def run_steps(step: Step, state: Any, *inputs: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
     outputs = []
     for now in zip(*(x.unbind(1) for x in inputs), strict=True):
         state, output = step(state, *now)

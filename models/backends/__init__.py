@@ -7,12 +7,13 @@ A kernel backend is a module with two functions:
                                                as the plain model's function of the same name, which defines the meaning
 
 "reference" is the name of the plain model itself, and "compiled" that of the plain model with its time loop compiled by
-`torch.compile`. Before a kernel is used with some constants for the first time in a process, it must prove that it computes
-what the plain model does.
+`torch.compile`: `auto` never takes it, since it compiles for a minute or so. Before a kernel or compiled code is used with some
+constants for the first time in a process, it must prove that it computes what the plain model does.
 """
 
 import functools
 import importlib
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -34,6 +35,8 @@ KNOWN = {
     HebbianRule: {"w_max", "gamma_pos", "gamma_neg", "tau_trace"},
 }
 
+TINY = 3, 10, 18  # samples, embedding size and memory size of the case in which a kernel proves itself
+
 
 class BackendError(RuntimeError):
     """A backend asked for by name cannot run here, or does not compute this network."""
@@ -46,7 +49,13 @@ def check_name(name: str) -> None:
 
 
 def choose(
-    name: str, device_type: str, dynamics: Dynamics, plain: Callable, altered: str | None = None
+    name: str,
+    device_type: str,
+    dynamics: Dynamics,
+    plain: Callable,
+    altered: str | None = None,
+    sizes: tuple[int, int, int] = TINY,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[str, dict[str, str]]:
     """The backend that runs a network on a device ("cpu", "cuda"), and for each faster kernel why it does not.
 
@@ -56,6 +65,7 @@ def choose(
     Args:
         plain: the plain model, with the signature of a kernel.
         altered: why a kernel cannot stand for this network's layers, or None.
+        sizes, dtype: samples, embedding size and memory size, and type, that the time loop is compiled for.
 
     Raises:
         ValueError: no such backend.
@@ -64,6 +74,8 @@ def choose(
     check_name(name)
     if name in KERNELS and (reason := _objection(name, device_type, dynamics, plain, altered)):
         raise BackendError(f"backend {name}: {reason}")
+    if name == "compiled" and (reason := _objection_to_compiled(device_type, dynamics, plain, equations(), sizes, dtype)):
+        raise BackendError(f"backend compiled: {reason}")
     if name != "auto":
         return name, {}
     why_not = {}
@@ -74,7 +86,9 @@ def choose(
         why_not[kernel] = reason
     if device_type == "cpu":
         del why_not["triton"]  # nobody expects a GPU's kernels there
-    _warn_of_the_plain_model("; ".join(f"{kernel}: {reason}" for kernel, reason in why_not.items()))
+    reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in why_not.items())
+    changed = any(unavailable(kernel, device_type) is None for kernel in why_not)
+    _warn_of_the_plain_model(f"({reasons})" + ("; --backend compiled is several times faster" if changed else ""))
     return "reference", why_not
 
 
@@ -103,13 +117,29 @@ def build(name: str, device_type: str) -> None:
 
 @functools.cache
 def _warn_of_the_plain_model(reasons: str) -> None:
-    warnings.warn(f"using the plain model, which is slow ({reasons})", stacklevel=2)
+    warnings.warn(f"using the plain model, which is slow {reasons}", stacklevel=2)
 
 
 @functools.cache
 def unavailable(kernel: str, device_type: str) -> str | None:
     """Why a kernel backend cannot run on such a device here, in one line with the remedy, or None."""
     return importlib.import_module(f"models.backends.{kernel}").unavailable(device_type)
+
+
+@functools.cache
+def _objection_to_compiled(
+    device_type: str, dynamics: Dynamics, plain: Callable, equations: tuple, sizes: tuple[int, int, int], dtype: torch.dtype
+) -> str | None:
+    """Compile the time loop for a training with these sizes, and why it does not compute the plain model, or None."""
+    print("compiling the time loop (about a minute; some seconds if PyTorch's cache holds it) ...", file=sys.stderr, flush=True)
+    compiled = functools.partial(plain, loop=program("compiled"))
+    try:
+        return _first_difference(compiled, device_type, dynamics, plain, (dtype,), sizes)
+    except Exception as failure:  # of Python, C++ or Triton, in many layers
+        cause = str(getattr(failure, "inner_exception", failure))  # PyTorch wraps it
+        reason = next((line for line in cause.splitlines() if line.strip()), type(failure).__name__)
+        compiler = "a C++ compiler (g++, or set CXX)" if device_type == "cpu" else "Triton and a C compiler"
+        return f"torch.compile fails ({reason.strip()[:200]}); it needs {compiler}; --backend reference runs without"
 
 
 def equations() -> tuple:
@@ -142,10 +172,21 @@ TRIALS = 3  # rounding flips a spike in one draw in some thousands, a wrong prog
 @functools.cache
 def _difference(kernel: str, device_type: str, dynamics: Dynamics, plain: Callable, equations: tuple) -> str | None:
     """How a kernel differs from the plain model in a tiny case with these constants, or None."""
-    store_and_recall = program(kernel)
-    for dtype, tolerance in TOLERANCE.items():
+    return _first_difference(program(kernel), device_type, dynamics, plain, tuple(TOLERANCE))
+
+
+def _first_difference(
+    store_and_recall: Callable,
+    device_type: str,
+    dynamics: Dynamics,
+    plain: Callable,
+    dtypes: tuple[torch.dtype, ...],
+    sizes: tuple[int, int, int] = TINY,
+) -> str | None:
+    for dtype in dtypes:
+        tolerance = TOLERANCE[dtype]
         for seed in range(TRIALS):
-            operands, dynamics_of_case = tiny_case(dynamics, dtype, device_type, seed)
+            operands, dynamics_of_case = tiny_case(dynamics, dtype, device_type, seed, sizes)
             expected = outcome(plain, operands, dynamics_of_case)
             if not all(torch.isfinite(x).all() for x in expected.values()):
                 continue  # these constants let the model itself diverge
@@ -159,11 +200,13 @@ def _difference(kernel: str, device_type: str, dynamics: Dynamics, plain: Callab
     return None
 
 
-def tiny_case(dynamics: Dynamics, dtype: torch.dtype, device_type: str, seed: int) -> tuple[list[Tensor], Dynamics]:
-    """Currents and weights that make neurons with these constants fire, for three samples of two pairs."""
-    batch, pairs, embedding, memory = 3, 2, 10, 18
+def tiny_case(
+    dynamics: Dynamics, dtype: torch.dtype, device_type: str, seed: int, sizes: tuple[int, int, int] = TINY
+) -> tuple[list[Tensor], Dynamics]:
+    """Currents and weights that make neurons with these constants fire, for samples of two pairs."""
+    pairs, (batch, embedding, memory) = 2, sizes
     steps = min(dynamics.num_time_steps, max(20, min(dynamics.readout_delay + 8, 40)))
-    thr, gain = dynamics.neuron.thr, 1 - dynamics.neuron.alpha
+    thr, gain = getattr(dynamics.neuron, "thr", 1.0), 1 - getattr(dynamics.neuron, "alpha", 0.95)
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

@@ -1,0 +1,112 @@
+"""The compiled time loop computes what the plain one does, for any neuron, and compiles once for all batches."""
+
+import dataclasses
+from typing import NamedTuple
+
+import golden
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import models
+from models import backends
+from models.backends import compiled
+from models.hebbian_memory import hebbian_read
+from models.neurons import LIFNeuron, population
+from models.through_time import run_steps, through_time
+
+SMALL = {"num_time_steps": 8, "embedding_size": 8, "memory_size": 8}
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """All but the last part of compilation, which takes a minute: graphs of two steps, run operation by operation."""
+    monkeypatch.setattr(compiled, "STEPS", 2)
+    monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend="aot_eager"))
+    backends._objection_to_compiled.cache_clear()
+    yield
+    backends._objection_to_compiled.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", golden.FLOAT64)
+def test_compiled_code_agrees_with_the_published_program(name):
+    golden.check(golden.load(name), "compiled")
+
+
+@pytest.mark.usefixtures("traced")
+def test_traced_code_agrees_with_the_published_program():
+    golden.check(golden.load("readout_delay_5"), "compiled")
+
+
+@pytest.mark.usefixtures("traced")
+def test_it_compiles_once_for_all_batches_and_lengths():
+    """Reading takes the memory as it is: a step may hold tensors with a batch, too."""
+    dynamics = models.build_model(SMALL).dynamics
+
+    def read(batch, steps):
+        current, memory, weight = torch.rand(batch, steps, 6), torch.rand(batch, 6, 6), torch.rand(6, 6)
+        operands = current.requires_grad_(), memory.requires_grad_(), weight.requires_grad_()
+        _, values = hebbian_read(*operands, dynamics, loop=compiled.through_time)
+        values.membrane.sum().backward()
+        return counters["stats"]["unique_graphs"]
+
+    before = read(4, 2)
+    assert read(7, 2) == read(3, 8) == before
+
+
+class Exhausted(NamedTuple):
+    spikes: Tensor
+    membrane: Tensor
+    refractory: Tensor
+    spent: Tensor  # a trace of its own spikes that lowers its input
+
+
+@dataclasses.dataclass(frozen=True)
+class ExhaustedNeuron(LIFNeuron):
+    def initial_state(self, like):
+        return Exhausted(*super().initial_state(like), torch.zeros_like(like))
+
+    def step(self, current, state):
+        lif = super().step(current - state.spent, state[:3])
+        return Exhausted(*lif, 0.9 * state.spent + 0.1 * lif.spikes)
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_neuron_with_another_state_is_compiled():
+    current = torch.rand(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def activity_and_gradient(neuron, loop=through_time):
+        spikes, membrane = population(neuron, current, 4, loop)
+        weights = torch.arange(membrane.numel()).view_as(membrane)
+        return spikes, membrane, *torch.autograd.grad((membrane * weights + spikes).sum(), current)
+
+    theirs = activity_and_gradient(ExhaustedNeuron())
+    for ours, exact in zip(activity_and_gradient(ExhaustedNeuron(), compiled.through_time), theirs, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(activity_and_gradient(LIFNeuron())[1], theirs[1])  # the other state matters
+
+
+def no_compiler(*_):
+    raise RuntimeError("no compiler found\nmany lines")
+
+
+def wrong(step, state, *inputs):
+    state, outputs = run_steps(step, state, *inputs)
+    return state, tuple(1.05 * x - (0.05 * x).detach() for x in outputs)  # the values, with 1.05 times their gradients
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        (torch.compile(run_steps, fullgraph=True, backend=no_compiler), r"backend compiled: .*no compiler found.*g\+\+"),
+        (wrong, "backend compiled: it does not compute the model"),
+    ],
+)
+def test_compiled_code_that_fails_or_is_wrong_is_refused_in_one_line(block, message, monkeypatch):
+    monkeypatch.setattr(compiled, "_block", block)
+    with pytest.raises(models.BackendError, match=message) as failure:
+        models.build_model(SMALL, "compiled").prepare_backend("cpu")
+    assert "\n" not in str(failure.value)
