@@ -35,6 +35,7 @@ def test_compiled_code_agrees_with_the_published_program(name):
     golden.check(golden.load(name), "compiled")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_traced_code_agrees_with_the_published_program():
     golden.check(golden.load("readout_delay_5"), "compiled")
