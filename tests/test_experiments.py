@@ -151,10 +151,11 @@ def test_the_sweep_file_makes_the_runs_that_are_kept():
         assert job.differences(kept[name].options) == [], name
 
 
-def test_the_table_is_that_of_the_raw_metrics():
-    rows = [summarize.summary(result) for result in runs.read_results(RESULTS)]
-    assert (RESULTS / "table.csv").read_text(encoding="utf-8") == runs.to_csv(rows)
-    assert (RESULTS / "table.md").read_text(encoding="utf-8") == summarize.to_markdown(rows)
+@pytest.mark.parametrize("folder", [RESULTS, RESULTS.with_name("comparison")])
+def test_the_table_is_that_of_the_raw_metrics(folder):
+    rows = [summarize.summary(result) for result in runs.read_results(folder)]
+    assert (folder / "table.csv").read_text(encoding="utf-8") == runs.to_csv(rows)
+    assert (folder / "table.md").read_text(encoding="utf-8") == summarize.to_markdown(rows)
 
 
 def test_a_damaged_run_is_named(tmp_path):
