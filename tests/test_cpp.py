@@ -59,7 +59,7 @@ def forward_and_backward(options, backend, dtype=torch.float64):
     return output, gradients
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(sizes)
 def test_any_sizes_and_options_agree_with_the_reference(options):
     theirs, their_gradients = forward_and_backward(options, "reference")

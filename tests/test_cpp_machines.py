@@ -24,6 +24,7 @@ ODD_SIZES = {
     "one neuron": ODD | {"memory_size": 1, "embedding_size": 1, "thr": 0.01},
     "odd": ODD | {"memory_size": 33, "readout_delay": 50, "thr": 0.02},
     "hard reset": ODD | {"memory_size": 7, "perfect_reset": True, "refractory_time_steps": 0, "thr": 0.02},
+    "decayed traces": ODD | {"memory_size": 24, "embedding_size": 20, "tau_trace": 0.5, "gamma_pos": 1.0, "thr": 0.05},
     "no batch": ODD | {"batch": 0, "memory_size": 7},
 }
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}
