@@ -7,7 +7,7 @@ A kernel backend is a module with two functions:
                                                as the plain model's function of the same name, which defines the meaning
 
 "reference" is the name of the plain model itself, and "compiled" that of the plain model with its time loop compiled by
-`torch.compile`: `auto` never takes it, since it compiles for a minute or so. Before a kernel or compiled code is used with some
+`torch.compile`: `auto` never takes it, since it compiles for minutes. Before a kernel or compiled code is used with some
 constants for the first time in a process, it must prove that it computes what the plain model does.
 """
 
@@ -131,7 +131,7 @@ def _objection_to_compiled(
     device_type: str, dynamics: Dynamics, plain: Callable, equations: tuple, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> str | None:
     """Compile the time loop for a training with these sizes, and why it does not compute the plain model, or None."""
-    print("compiling the time loop (about a minute; some seconds if PyTorch's cache holds it) ...", file=sys.stderr, flush=True)
+    print("compiling the time loop (one to three minutes; less if PyTorch's cache holds it) ...", file=sys.stderr, flush=True)
     compiled = functools.partial(plain, loop=program("compiled"))
     try:
         return _first_difference(compiled, device_type, dynamics, plain, (dtype,), sizes)
