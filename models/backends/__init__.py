@@ -183,21 +183,25 @@ def _first_difference(
     dtypes: tuple[torch.dtype, ...],
     sizes: tuple[int, int, int] = TINY,
 ) -> str | None:
-    for dtype in dtypes:
-        tolerance = TOLERANCE[dtype]
-        for seed in range(TRIALS):
-            operands, dynamics_of_case = tiny_case(dynamics, dtype, device_type, seed, sizes)
-            expected = outcome(plain, operands, dynamics_of_case)
-            if not all(torch.isfinite(x).all() for x in expected.values()):
-                continue  # these constants let the model itself diverge
-            difference = compare(outcome(store_and_recall, operands, dynamics_of_case), expected, tolerance)
-            if difference is None:
-                break
-        else:
-            if all(torch.isfinite(x).all() for x in expected.values()):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for so little work, threads that wait for each other cost more than they do
+    try:
+        for dtype in dtypes:
+            difference = None
+            for seed in range(TRIALS):
+                operands, dynamics_of_case = tiny_case(dynamics, dtype, device_type, seed, sizes)
+                expected = outcome(plain, operands, dynamics_of_case)
+                if not all(torch.isfinite(x).all() for x in expected.values()):
+                    continue  # these constants let the model itself diverge
+                difference = compare(outcome(store_and_recall, operands, dynamics_of_case), expected, TOLERANCE[dtype])
+                if difference is None:
+                    break
+            if difference:
                 name = str(dtype).removeprefix("torch.")
                 return f"it does not compute the model of these equations and constants ({name}: {difference})"
-    return None
+        return None
+    finally:
+        torch.set_num_threads(threads)
 
 
 def tiny_case(
