@@ -1,4 +1,4 @@
-"""Small networks on one thread: threads that wait for each other would cost more than they do, on a busy machine most of all."""
+"""Small networks run on one thread: threads that wait for each other would cost more than they do."""
 
 import torch
 
