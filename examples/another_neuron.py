@@ -1,0 +1,65 @@
+"""Another neuron, defined outside the package: with an adaptive threshold, trained and compared with the published one.
+
+python -m examples.another_neuron [training steps, backend]
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+import models
+from examples.another_rule import OPTIONS, train
+from models.constants import constant
+from models.neurons import LIFNeuron, Spike, population
+
+
+class AdaptiveState(NamedTuple):
+    spikes: Tensor  # z
+    membrane: Tensor  # v
+    refractory: Tensor  # r
+    adaptation: Tensor  # a, a trace of the neuron's own spikes
+
+
+@dataclass(frozen=True)
+class AdaptiveNeuron(LIFNeuron):
+    """Each spike raises the threshold, which is thr + strength * a (LSNN: Bellec et al. 2018)."""
+
+    tau_adaptation: float = constant(100.0, "time constant of the threshold, ms", above=0)
+    strength: float = constant(1.0, "rise of the threshold", low=0)
+
+    def initial_state(self, like: Tensor) -> AdaptiveState:
+        return AdaptiveState(*super().initial_state(like), torch.zeros_like(like))
+
+    def step(self, current: Tensor, state: AdaptiveState) -> AdaptiveState:
+        z, v, r, a = state
+        rho = math.exp(-1 / self.tau_adaptation)
+        a = rho * a + (1 - rho) * z
+        v = self.alpha * v + (1 - self.alpha) * current - self.thr * z
+        z = Spike.apply((v - self.thr - self.strength * a) / self.thr, r == 0, self.dampening_factor)
+        r = torch.where(r > 0, r - 1, self.refractory_time_steps * z.detach())
+        return AdaptiveState(z, v, r, a)
+
+
+def main(steps: int, backend: str) -> None:
+    figure, (learning, rate) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for name, neuron in (("published", LIFNeuron()), ("adaptive threshold", AdaptiveNeuron())):
+        torch.manual_seed(1)
+        accuracy = train(models.build_model(OPTIONS, backend, neuron=neuron), steps)
+        print(f"{name}: accuracy {sum(accuracy[-50:]) / len(accuracy[-50:]):.0f} % in the last steps")
+        learning.plot(torch.tensor(accuracy).unfold(0, min(25, steps), 1).mean(1), label=name)
+        spikes = population(neuron, torch.linspace(0.1, 1, 100)[None, None], hold=400).spikes[0]  # 100 neurons, 400 ms
+        rate.plot(1000 * spikes.unfold(0, 20, 1).mean((1, 2)), label=name)
+    learning.set(xlabel="training step", ylabel="accuracy (%)", title="Two pairs of three labels")
+    rate.set(xlabel="time (ms)", ylabel="firing rate (Hz)", title="100 neurons, constant currents")
+    learning.legend()
+    figure.savefig("another_neuron.png", dpi=150)
+
+
+if __name__ == "__main__":
+    steps, backend = sys.argv[1:] or ("300", "reference")
+    main(int(steps), backend)
