@@ -57,6 +57,21 @@ def test_it_compiles_once_for_all_batches_and_lengths():
     assert read(7, 2) == read(3, 8) == before
 
 
+@pytest.mark.usefixtures("traced")
+def test_a_run_uses_the_code_that_was_proven():
+    """PyTorch compiles other code for another number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = models.build_model(SMALL, "compiled")
+        model.prepare_backend("cpu")
+        proven = counters["stats"]["unique_graphs"]
+        model(torch.rand(4, 2, 10), torch.zeros(4, 2).long(), torch.rand(4, 10)).logits.sum().backward()
+        assert counters["stats"]["unique_graphs"] == proven
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Exhausted(NamedTuple):
     spikes: Tensor
     membrane: Tensor

@@ -130,7 +130,10 @@ def unavailable(kernel: str, device_type: str) -> str | None:
 def _objection_to_compiled(
     device_type: str, dynamics: Dynamics, plain: Callable, equations: tuple, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> str | None:
-    """Compile the time loop for a training with these sizes, and why it does not compute the plain model, or None."""
+    """Compile the time loop for a training with these sizes, and why it does not compute the plain model, or None.
+
+    With the run's own number of threads: other code is compiled for another.
+    """
     print("compiling the time loop (one to three minutes; less if PyTorch's cache holds it) ...", file=sys.stderr, flush=True)
     compiled = functools.partial(plain, loop=program("compiled"))
     try:
@@ -173,7 +176,12 @@ TRIALS = 3  # rounding flips a spike in one draw in some thousands, a wrong prog
 @functools.cache
 def _difference(kernel: str, device_type: str, dynamics: Dynamics, plain: Callable, equations: tuple) -> str | None:
     """How a kernel differs from the plain model in a tiny case with these constants, or None."""
-    return _first_difference(program(kernel), device_type, dynamics, plain, tuple(TOLERANCE))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for so little work, threads that wait for each other cost more than they do
+    try:
+        return _first_difference(program(kernel), device_type, dynamics, plain, tuple(TOLERANCE))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _first_difference(
@@ -184,25 +192,20 @@ def _first_difference(
     dtypes: tuple[torch.dtype, ...],
     sizes: tuple[int, int, int] = TINY,
 ) -> str | None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for so little work, threads that wait for each other cost more than they do
-    try:
-        for dtype in dtypes:
-            difference = None
-            for seed in range(TRIALS):
-                operands, dynamics_of_case = tiny_case(dynamics, dtype, device_type, seed, sizes)
-                expected = outcome(plain, operands, dynamics_of_case)
-                if not all(torch.isfinite(x).all() for x in expected.values()):
-                    continue  # these constants let the model itself diverge
-                difference = compare(outcome(store_and_recall, operands, dynamics_of_case), expected, TOLERANCE[dtype])
-                if difference is None:
-                    break
-            if difference:
-                name = str(dtype).removeprefix("torch.")
-                return f"it does not compute the model of these equations and constants ({name}: {difference})"
-        return None
-    finally:
-        torch.set_num_threads(threads)
+    for dtype in dtypes:
+        difference = None
+        for seed in range(TRIALS):
+            operands, dynamics_of_case = tiny_case(dynamics, dtype, device_type, seed, sizes)
+            expected = outcome(plain, operands, dynamics_of_case)
+            if not all(torch.isfinite(x).all() for x in expected.values()):
+                continue  # these constants let the model itself diverge
+            difference = compare(outcome(store_and_recall, operands, dynamics_of_case), expected, TOLERANCE[dtype])
+            if difference is None:
+                break
+        if difference:
+            name = str(dtype).removeprefix("torch.")
+            return f"it does not compute the model of these equations and constants ({name}: {difference})"
+    return None
 
 
 def tiny_case(
