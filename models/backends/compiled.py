@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from models import through_time as plain
 
-STEPS = 5  # compiled together: more are hardly faster, and take longer to compile
+STEPS = 5  # compiled together: more take longer to compile
 
 torch._functorch.config.donated_buffer = False  # so that a backward pass may retain the graph
 _block = torch.compile(plain.run_steps, fullgraph=True)
