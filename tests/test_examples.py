@@ -22,8 +22,7 @@ def test_an_example_runs_and_draws_its_figure(name, tmp_path):
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_an_adaptive_neuron_fires_less_and_less():
-    current = torch.full((1, 1, 1), 1.0)
-    adaptive, lif = (population(neuron, current, 400).spikes[0, :, 0] for neuron in (AdaptiveNeuron(), LIFNeuron()))
-    assert adaptive[:100].sum() > adaptive[300:].sum() > 0
-    assert lif[300:].sum() >= lif[100:200].sum() > adaptive[300:].sum()
+def test_an_adaptive_neuron_fires_less_than_the_published_one():
+    current = torch.full((1, 1, 1), 0.3)
+    adaptive, lif = (int(population(neuron, current, 400).spikes.sum()) for neuron in (AdaptiveNeuron(), LIFNeuron()))
+    assert 0 < adaptive < 0.8 * lif
