@@ -11,6 +11,7 @@ from models import through_time as plain
 STEPS = 5  # compiled together: more take longer to compile
 
 torch._functorch.config.donated_buffer = False  # so that a backward pass may retain the graph
+torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # keep what is compiled of the surrogate, too
 _block = torch.compile(plain.run_steps, fullgraph=True)
 
 
