@@ -285,7 +285,7 @@ def evaluate(model, samples: data.Samples, options: Options, device: torch.devic
 def evaluate_checkpoint(options: Options, checkpoint: dict) -> int:
     """Test on the published test set, at one sequence length or several."""
     model, device = prepare(options, checkpoint)
-    print_rank0(f"{options['resume']}, after {checkpoint['epoch']} epochs")
+    print_rank0(options["resume"] + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
     rows = []
     for length in options.all_lengths:
         samples = data.evaluation_set("test", **data.sizes(options, sequence_length=length))

@@ -128,7 +128,7 @@ def answer(model, test: data.Samples, query: Tensor, pause: bool = False) -> Ten
         if pause:
             features, labels, asked = model.encoding_currents(test.features[part], test.labels[part], query[part])
             features, labels = (torch.cat([current, torch.zeros_like(current[:, :1])], 1) for current in (features, labels))
-            readout, *_ = model._program("cpu")(features, labels, asked)  # `store_and_recall`, by the backend
+            readout, *_ = model.program("cpu")(features, labels, asked)  # `store_and_recall`, by the backend
             answers.append(model.output_layer(readout).argmax(1))
         else:
             answers.append(model(test.features[part], test.labels[part], query[part]).logits.argmax(1))

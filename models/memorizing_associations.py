@@ -89,7 +89,7 @@ class MemorizingAssociations(nn.Module):
         self._check(features, labels, query)
         with torch.autocast(features.device.type, enabled=False):
             currents = self.encoding_currents(features, labels, query)
-            readout, spike_counts, activity = self._program(features.device.type)(*currents, record=record)
+            readout, spike_counts, activity = self.program(features.device.type)(*currents, record=record)
             return Output(self.output_layer(readout), self._rates(spike_counts, features.shape[1]), activity)
 
     def encoding_currents(self, features: Tensor, labels: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +148,7 @@ class MemorizingAssociations(nn.Module):
             self._choice = request, backends.choose(*request[:3], reference, *request[3:-1])
         return self._choice[1]
 
-    def _program(self, device_type: str):
+    def program(self, device_type: str):
         """What runs `store_and_recall` on a device: a function of the currents."""
         if torch.compiler.is_compiling():
             if self._choice is None:

@@ -201,7 +201,7 @@ def test_what_only_the_digest_can_tell_is_refused(path, ours, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
+        (None, "no such file"),
         (b"", "damaged, or not a checkpoint"),
         (b"memory_size: 100\n", "damaged, or not a checkpoint"),
         (torch.zeros(3), "not a checkpoint"),

@@ -522,7 +522,7 @@ def test_tensorboard_is_cut_back_with_the_run(tmp_path, stub):
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        ("--resume nowhere.pth.tar", "nowhere.pth.tar: No such file"),
+        ("--resume nowhere.pth.tar", "nowhere.pth.tar: no such file"),
         ("--resume auto", "--output_dir"),
         ("--resume .", "--resume .: no checkpoint in ."),
         ("--evaluate", "--evaluate needs a checkpoint"),

@@ -178,6 +178,8 @@ def load(path: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, 
         if missing and not isinstance(content.get("params"), argparse.Namespace):  # that program knows no others
             assumed = ", ".join(f"{name} {params[name]}" for name in missing)
             warnings.warn(f"{path} does not hold every model option; assumed: {assumed}", stacklevel=2)
+    except FileNotFoundError as failure:
+        raise UserError(f"{path}: no such file; give a checkpoint (...pth.tar) or the folder of a run") from failure
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror or failure}") from failure
     except ValueError as failure:
