@@ -50,16 +50,16 @@ def main(steps: int, backend: str) -> None:
     for name, neuron in (("published", LIFNeuron()), ("adaptive threshold", AdaptiveNeuron())):
         torch.manual_seed(1)
         accuracy = train(models.build_model(OPTIONS, backend, neuron=neuron), steps)
-        print(f"{name}: accuracy {sum(accuracy[-50:]) / len(accuracy[-50:]):.0f} % in the last steps")
-        learning.plot(torch.tensor(accuracy).unfold(0, min(25, steps), 1).mean(1), label=name)
+        print(f"{name}: accuracy {sum(accuracy[-20:]) / len(accuracy[-20:]):.0f} % in the last steps")
+        learning.plot(torch.tensor(accuracy).unfold(0, min(10, steps), 1).mean(1), label=name)
         spikes = population(neuron, torch.linspace(0.1, 1, 100)[None, None], hold=400).spikes[0]  # 100 neurons, 400 ms
         rate.plot(1000 * spikes.unfold(0, 20, 1).mean((1, 2)), label=name)
-    learning.set(xlabel="training step", ylabel="accuracy (%)", title="Two pairs of three labels")
+    learning.set(xlabel="training step", ylabel="accuracy (%)", title="One pair, four labels")
     rate.set(xlabel="time (ms)", ylabel="firing rate (Hz)", title="100 neurons, constant currents")
     learning.legend()
     figure.savefig("another_neuron.png", dpi=150)
 
 
 if __name__ == "__main__":
-    steps, backend = sys.argv[1:] or ("300", "reference")
+    steps, backend = sys.argv[1:] or ("150", "reference")
     main(int(steps), backend)

@@ -25,7 +25,7 @@ from torch import Tensor
 import data
 import models
 from utils import checkpoints
-from utils.errors import UserError
+from utils.errors import in_one_line
 from utils.figures import save
 from utils.figures.style import GREY, SERIES, TWO_COLUMNS, new_figure, styled
 from utils.results import to_csv
@@ -35,20 +35,17 @@ BATCH = 125  # as the task script tests: the rounding of a product depends on it
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # standard deviations
 
 
+@in_one_line
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("networks", type=Path, nargs="+", metavar="CHECKPOINT", help="trained networks")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of tables and figure")
     args = parser.parse_args(argv)
     tables: dict[str, list[dict]] = {"position": [], "noise": [], "errors": [], "pause": [], "depression": []}
-    try:
-        for path in args.networks:
-            network = {"network": path.name.removesuffix(".pth.tar")}
-            for table, row in analyse(path):
-                tables[table].append(network | row)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for path in args.networks:
+        network = {"network": path.name.removesuffix(".pth.tar")}
+        for table, row in analyse(path):
+            tables[table].append(network | row)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         (args.output_dir / f"{name}.csv").write_text(to_csv(rows), encoding="utf-8")

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import data
 from experiments.summarize import mean_and_deviation
-from utils.errors import UserError
+from utils.errors import in_one_line
 from utils.figures import save
 from utils.figures.style import BLACK, DOTTED, GREY, SERIES, TWO_COLUMNS, heading, new_figure, styled
 from utils.results import Result, read_results, to_csv
@@ -45,28 +45,22 @@ LENGTHS = (2, 5, 10, 20, 30)
 REACHED = 90.0  # percent in validation
 
 
+@in_one_line
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", type=Path, metavar="FOLDER", help="folder with the runs of experiments/comparison.yaml")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="where to write table and figure")
     args = parser.parse_args(argv)
-    try:
-        groups: dict[str, list[Result]] = {}
-        for result in read_results(args.runs):
-            groups.setdefault(result.name.rpartition("/")[0], []).append(result)
-        noise = args.runs / "analysis" / "noise.csv"
-        noise_rows = list(csv.DictReader(noise.read_text(encoding="utf-8").splitlines())) if noise.exists() else []
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        rows = table(groups)
-        (args.output_dir / "comparison.csv").write_text(to_csv(rows), encoding="utf-8")
-        (args.output_dir / "comparison.md").write_text(to_markdown(rows), encoding="utf-8")
-        save(draw(groups, noise_rows), args.output_dir / "comparison.png")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as failure:
-        print(f"error: {failure.filename}: {failure.strerror}", file=sys.stderr)
-        return 1
+    groups: dict[str, list[Result]] = {}
+    for result in read_results(args.runs):
+        groups.setdefault(result.name.rpartition("/")[0], []).append(result)
+    noise = args.runs / "analysis" / "noise.csv"
+    noise_rows = list(csv.DictReader(noise.read_text(encoding="utf-8").splitlines())) if noise.exists() else []
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = table(groups)
+    (args.output_dir / "comparison.csv").write_text(to_csv(rows), encoding="utf-8")
+    (args.output_dir / "comparison.md").write_text(to_markdown(rows), encoding="utf-8")
+    save(draw(groups, noise_rows), args.output_dir / "comparison.png")
     print(to_markdown(rows), end="")
     return 0
 

@@ -17,7 +17,7 @@ import torch
 
 from experiments.summarize import summary
 from utils import checkpoints
-from utils.errors import UserError, warn_in_one_line
+from utils.errors import UserError, in_one_line, warn_in_one_line
 from utils.options import MODEL, TASK_GROUPS
 from utils.results import Result, read_results
 
@@ -32,6 +32,7 @@ python memorizing_associations_task.py --resume pretrained/{example} --evaluate
 """
 
 
+@in_one_line
 def main(argv=None) -> int:
     warn_in_one_line()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -44,23 +45,19 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not args.published and not (args.names and args.output_dir):
         parser.error("needs FOLDER GROUP/RUN --output_dir FOLDER, or --published CHECKPOINT FILE")
-    try:
-        if args.published:
-            export_published(*args.published)
-            return 0
-        results = {result.name: result for result in read_results(args.runs)}
-        if unknown := [name for name in args.names if name not in results]:
-            raise UserError(f"{args.runs}: no run {', '.join(unknown)}; there are {', '.join(results)}")
-        if untested := [name for name in args.names if summary(results[name])["test_accuracy"] is None]:
-            raise UserError(f"{args.runs}: {', '.join(untested)} not tested yet; sweep.py --test_only tests it")
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        for name in args.names:
-            export(args.runs / name / checkpoints.BEST, args.output_dir / file_name(name))
-        readme = HEAD.format(example=file_name(args.names[0])) + "".join(describe(results[name]) for name in args.names)
-        (args.output_dir / "README.md").write_text(readme, encoding="utf-8")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.published:
+        export_published(*args.published)
+        return 0
+    results = {result.name: result for result in read_results(args.runs)}
+    if unknown := [name for name in args.names if name not in results]:
+        raise UserError(f"{args.runs}: no run {', '.join(unknown)}; there are {', '.join(results)}")
+    if untested := [name for name in args.names if summary(results[name])["test_accuracy"] is None]:
+        raise UserError(f"{args.runs}: {', '.join(untested)} not tested yet; sweep.py --test_only tests it")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in args.names:
+        export(args.runs / name / checkpoints.BEST, args.output_dir / file_name(name))
+    readme = HEAD.format(example=file_name(args.names[0])) + "".join(describe(results[name]) for name in args.names)
+    (args.output_dir / "README.md").write_text(readme, encoding="utf-8")
     return 0
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import data
 import models
-from utils.errors import UserError
+from utils.errors import in_one_line
 from utils.figures import curves, save
 from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, new_figure, styled
 from utils.options import CURRICULUM, DATA, MODEL, TRAINING, network_defaults
@@ -35,28 +35,22 @@ LINES = {
 _NOT_A_WAY_OF_TRAINING = {"sequence_length", "num_classes", "seed", "epochs", "workers", "prefetch_factor", "start_epoch"}
 
 
+@in_one_line
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", type=Path, metavar="FOLDER", help="folder with runs, at any depth")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="where to write table and figures")
     parser.add_argument("--copy", action="store_true", help=f"keep the runs themselves there, too, compactly: see {GROUP}")
     args = parser.parse_args(argv)
-    try:
-        results = read_results(args.runs)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        if args.copy:
-            write_groups(results, args.output_dir)
-        rows = [summary(result) for result in results]
-        (args.output_dir / "table.csv").write_text(to_csv(rows), encoding="utf-8")
-        (args.output_dir / "table.md").write_text(to_markdown(rows), encoding="utf-8")
-        for name, figure in figures(results, rows):
-            save(figure, args.output_dir / f"{name}.png")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as failure:
-        print(f"error: {failure.filename}: {failure.strerror}", file=sys.stderr)
-        return 1
+    results = read_results(args.runs)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.copy:
+        write_groups(results, args.output_dir)
+    rows = [summary(result) for result in results]
+    (args.output_dir / "table.csv").write_text(to_csv(rows), encoding="utf-8")
+    (args.output_dir / "table.md").write_text(to_markdown(rows), encoding="utf-8")
+    for name, figure in figures(results, rows):
+        save(figure, args.output_dir / f"{name}.png")
     print(to_markdown(rows), end="")
     return 0
 

@@ -1,11 +1,12 @@
 """Errors the user can fix: reported in one line, without a traceback."""
 
 import contextlib
+import functools
 import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """Options that cannot be meant."""
+
+
+def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorator of a program's `main`: what the user can fix is one line on stderr and status 1, without a traceback."""
+
+    @functools.wraps(main)
+    def reporting(argv=None) -> int:
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            message = str(error)
+        except OSError as failure:
+            message = f"{failure.filename}: {failure.strerror}"
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+
+    return reporting
 
 
 def not_finite(where: str, what: str, options: Mapping[str, Any]) -> UserError:
