@@ -67,7 +67,7 @@ def main(argv=None) -> int:
 
 def table(groups: dict[str, list[Result]]) -> list[dict]:
     """A row per group: test accuracy in percent at each length (mean and standard deviation over the seeds), thousands of
-    training samples until 90 % in validation (mean; "-" where a seed never gets there), minutes of one CPU core per run."""
+    training samples until 90 % in validation (mean; "-" where a seed never gets there)."""
     rows = []
     for group, words in (NETWORKS | STEPS).items():
         runs = groups.get(group, [])
@@ -79,7 +79,6 @@ def table(groups: dict[str, list[Result]]) -> list[dict]:
             {"group": group, "network": words, "seeds": len(runs), "epochs": "-".join(map(str, epochs))}
             | {f"{length} pairs": mean_and_deviation([accuracy(run, length) for run in runs]) for length in LENGTHS}
             | {"thousand samples to 90 %": "-" if None in reached else f"{np.mean(reached):.0f}"}
-            | {"minutes": mean_and_deviation([sum(line["seconds"] for line in run.metrics) / 60 for run in runs])}
         )
     return rows
 
