@@ -1,19 +1,19 @@
 """The fused CPU kernels against the reference: any sizes, any options, any number of threads."""
 
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
+import multiprocessing
+import resource
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 import data
 import models
 from models import POPULATIONS
-from models.backends import cpp
+from models.backends import BackendError, cpp
 
 sizes = st.fixed_dictionaries(
     {
@@ -59,8 +59,13 @@ def forward_and_backward(options, backend, dtype=torch.float64):
     return output, gradients
 
 
+LONG = {"length": 55, "batch": 1, "num_classes": 55, "feature_size": 9, "embedding_size": 20, "memory_size": 20, "thr": 0.05}
+LONG |= {"num_time_steps": 8}
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(sizes)
+@example(LONG)
 def test_any_sizes_and_options_agree_with_the_reference(options):
     theirs, their_gradients = forward_and_backward(options, "reference")
     ours, our_gradients = forward_and_backward(options, "cpp")
@@ -74,16 +79,7 @@ def test_any_sizes_and_options_agree_with_the_reference(options):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-9 * scale)
 
 
-ROOT = Path(__file__).parents[1]
 DEFAULT = {"length": 10, "batch": 3, "num_classes": 10, "feature_size": 10, "num_time_steps": 30}
-
-
-def test_float32_differs_from_the_reference_in_few_spikes():
-    theirs, _ = forward_and_backward(DEFAULT, "reference", torch.float32)
-    ours, _ = forward_and_backward(DEFAULT, "cpp", torch.float32)
-    for name in POPULATIONS:
-        share = (ours.activity[name] != theirs.activity[name]).float().mean().item()
-        assert share < 0.01, f"{share:.2%} of the spikes of {name} differ"
 
 
 def operands(options, dtype):
@@ -112,15 +108,6 @@ def test_results_do_not_depend_on_the_number_of_threads(batch):
     assert all(gradient.any() for gradient in gradients)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-
-def test_a_long_sequence():
-    golden_like = {"length": 55, "batch": 1, "num_classes": 55, "feature_size": 10, "num_time_steps": 20, "memory_size": 20}
-    theirs, their_gradients = forward_and_backward(golden_like, "reference")
-    ours, our_gradients = forward_and_backward(golden_like, "cpp")
-    assert all(torch.equal(ours.activity[name], theirs.activity[name]) for name in POPULATIONS)
-    for gradient, expected in zip(our_gradients, their_gradients, strict=True):
-        assert (gradient - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_the_readout_alone_and_without_gradient():
@@ -170,7 +157,7 @@ def outcome(model, inputs, backend):
     return {name: activity[name] for name in (*POPULATIONS, "memory")} | dict(zip(names, gradients, strict=True))
 
 
-SMALL = {"length": 3, "batch": 4, "num_classes": 5, "feature_size": 5, "num_time_steps": 40, "embedding_size": 20}
+SMALL = {"length": 2, "batch": 4, "num_classes": 5, "feature_size": 5, "num_time_steps": 40, "embedding_size": 20}
 
 
 @pytest.mark.parametrize(
@@ -210,27 +197,27 @@ def test_what_is_not_a_number_reaches_the_gradients(place):
     assert reached
 
 
+def recall_with_little_memory(model, inputs):
+    """What 64 threads read out, and the error where the memory is too little."""
+    with open("/proc/self/status") as status:
+        used = int(next(line for line in status if line.startswith("VmSize")).split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)  # of a thread's stack alone 8 MiB
+    torch.set_num_threads(64)
+    readout = cpp.store_and_recall(*inputs, model.dynamics)[0].tolist()
+    try:
+        cpp.store_and_recall(*inputs, dataclasses.replace(model.dynamics, num_time_steps=10**7))
+    except BackendError as error:
+        return readout, str(error)
+
+
 def test_fewer_threads_and_no_more_memory():
     """Where the system grants no more threads fewer do the work; where it grants no more memory one line says so."""
-    code = """
-import dataclasses, resource, sys, torch
-sys.path.insert(0, "tests")
-from test_cpp import SMALL, operands
-from models.backends import BackendError, cpp
-model, inputs = operands(SMALL | {"memory_size": 9, "batch": 64}, torch.float32)
-expected = cpp.store_and_recall(*inputs, model.dynamics)[0]
-used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)  # of a thread's stack alone 8 MiB
-torch.set_num_threads(64)
-print(torch.equal(cpp.store_and_recall(*inputs, model.dynamics)[0], expected))
-try:
-    cpp.store_and_recall(*inputs, dataclasses.replace(model.dynamics, num_time_steps=10**7))
-except BackendError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    message = "out of memory in the cpp kernels with 64 samples and 64 threads; use a smaller --batch_size"
-    assert done.stdout == f"True\n{message}\n", done.stderr
+    model, inputs = operands(SMALL | {"memory_size": 9, "batch": 64}, torch.float32)
+    expected = cpp.store_and_recall(*inputs, model.dynamics)[0].tolist()
+    with multiprocessing.get_context("fork").Pool(1) as child:
+        readout, message = child.apply(recall_with_little_memory, (model, [x.detach() for x in inputs]))
+    assert readout == expected
+    assert message == "out of memory in the cpp kernels with 64 samples and 64 threads; use a smaller --batch_size"
 
 
 def test_a_trace_that_has_decayed_still_has_a_gradient():

@@ -19,6 +19,12 @@ from models.backends.cpp import build
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module")
+def built():
+    """The library that this session's tests run on, found before a test sets another cache."""
+    return build.library()._name
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
@@ -27,9 +33,9 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def compiler(tmp_path, monkeypatch):
+def compiler(built, tmp_path, monkeypatch):
     """Makes CXX a script that does `instead` with the kernels' source, by default hands out a library; returns its log."""
-    built, log = build.library()._name, tmp_path / "log"
+    log = tmp_path / "log"
 
     def install(instead=f'cp {built} "$out"', path=tmp_path / "fake compiler"):
         path.parent.mkdir(exist_ok=True)
@@ -55,17 +61,17 @@ def start(**environment):
     return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def test_processes_that_start_at_once_compile_once(cache, compiler):
-    log = compiler(f'sleep 1; cp {build.library()._name} "$out"')
+def test_processes_that_start_at_once_compile_once(cache, compiler, built):
+    log = compiler(f'sleep 1; cp {built} "$out"')
     errors = [process.communicate(timeout=60)[1] for process in [start() for _ in range(3)]]
     assert log.read_text().count("\n") == 1
     assert sorted(error.split(" ")[0] for error in errors) == ["compiling", "waiting", "waiting"]
 
 
-def test_a_killed_compilation_leaves_nothing(cache, compiler, tmp_path):
+def test_a_killed_compilation_leaves_nothing(cache, compiler, built, tmp_path):
     hang = tmp_path / "hang"
     hang.touch()
-    log = compiler(f'if [ -e {hang} ]; then sleep 60; fi; cp {build.library()._name} "$out"')
+    log = compiler(f'if [ -e {hang} ]; then sleep 60; fi; cp {built} "$out"')
     process = start()
     while not log.exists():
         time.sleep(0.01)

@@ -83,8 +83,9 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
     damaged, whole = (tmp_path / "runs" / "small" / f"sequence_length{n}" for n in (1, 2))
     damaged.mkdir(parents=True)
     (damaged / checkpoints.LAST).write_bytes(b"not a checkpoint")
-    children = [start(path, tmp_path / "runs", "--jobs", "1") for _ in range(2)]
-    for status, output in map(finish, children):
+    other = start(path, tmp_path / "runs", "--jobs", "1")
+    mine = sweep.main([str(path), "--output_dir", str(tmp_path / "runs"), "--jobs", "1"]), capsys.readouterr().out
+    for status, output in (mine, finish(other)):
         assert status == 1
         assert "1 of 2 runs done, 1 failed" in output and f"{damaged / checkpoints.LAST}: " in output
     assert ["--evaluate" in line for line in lines(whole / "command.txt")] == [False, True]
@@ -111,6 +112,7 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
     assert runs.read_results(tmp_path / "kept") == [result]
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_over_from_a_dead_machine_and_saves_when_interrupted(tmp_path):
     path = write(tmp_path / "sweep.yaml", small={"sequence_length": [1], "seed": 1, "epochs": 5000, **SMALL})
     run = tmp_path / "runs" / "small" / "sequence_length1"

@@ -290,10 +290,6 @@ def test_resume_auto_does_not_start_anew_where_every_checkpoint_is_damaged(folde
     assert contents(folder) == before
 
 
-def test_evaluate_without_a_checkpoint(tmp_path, capsys):
-    assert "no checkpoint in" in refused(capsys, "--resume", "auto", "--evaluate", "--output_dir", tmp_path)
-
-
 # Numbers
 
 

@@ -75,8 +75,8 @@ def test_rate_regularization_is_of_mean_rates():
 
 
 def test_training_never_keeps_a_memory_for_every_step():
-    """Automatic differentiation alone would: 1,000 steps of a 100 x 100 matrix, several times over."""
-    model = models.build_model({}, "reference")
+    """Automatic differentiation alone would: 400 steps of a 100 x 100 matrix, several times over."""
+    model = models.build_model({"num_time_steps": 40}, "reference")
     kept = set()
 
     def pack(tensor):
@@ -86,14 +86,12 @@ def test_training_never_keeps_a_memory_for_every_step():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(torch.rand(1, 10, 10), torch.randperm(10).unsqueeze(0), torch.rand(1, 10))
-    assert 0 < len(kept) <= 1000 // hebbian_memory.RECOMPUTE_EVERY + 10 + 4
+    assert 0 < len(kept) <= 400 // hebbian_memory.RECOMPUTE_EVERY + 10 + 4
 
 
-@pytest.mark.parametrize("steps", [1, 7, 10_000])
-def test_recomputation_does_not_change_gradients(monkeypatch, steps):
-    expected = golden.load("small_defaults")
-    monkeypatch.setattr(hebbian_memory, "RECOMPUTE_EVERY", steps)
-    golden.check(expected, "reference")
+def test_recomputation_does_not_change_gradients(monkeypatch):
+    monkeypatch.setattr(hebbian_memory, "RECOMPUTE_EVERY", 7)  # the last segment is shorter
+    golden.check(golden.load("small_defaults"), "reference")
 
 
 def test_an_unknown_backend_is_refused():

@@ -177,9 +177,7 @@ def test_a_killed_training_continues_bit_for_bit_and_is_tested_at_other_lengths(
     assert "sequence_length   3  loss" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("lstm", "recurrent_lif") else pytest.param(n, marks=pytest.mark.slow) for n in OTHERS]
-)
+@pytest.mark.parametrize("name", [n if n == "recurrent_lif" else pytest.param(n, marks=pytest.mark.slow) for n in OTHERS])
 def test_two_processes_train_as_one_does(name, tmp_path):
     """In float64; the last batch of an epoch has fewer samples than there are processes, so that one of them has none."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -307,6 +307,7 @@ def test_sums_of_an_epoch_resumed_on_two_processes_count_the_part_before_once(mo
     assert processes[0].means() | {"seconds": 0} == whole.means() | {"seconds": 0}
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_real_process_saves_and_leaves(tmp_path):
     tinier = ["--num_time_steps", "10", "--embedding_size", "4", "--memory_size", "4", "--epochs", "1000"]
     command = [sys.executable, task.__file__, *TINY, *tinier, "--output_dir", str(tmp_path)]
@@ -480,16 +481,6 @@ def test_resume_auto_says_when_it_begins_anew_and_refuses_over_a_record(undistur
         assert "holds options.yaml and metrics.jsonl of a run, but no checkpoint" in line
 
 
-def test_a_linked_checkpoint_resumes(tmp_path, stub):
-    assert train(tmp_path / "run", epochs=1) == 0
-    (tmp_path / "disk").mkdir()
-    path = tmp_path / "run" / checkpoints.LAST
-    path.rename(tmp_path / "disk" / "file")
-    path.symlink_to(tmp_path / "disk" / "file")
-    assert train(tmp_path / "run", "--resume", path, epochs=2) == 0
-    assert checkpoints.load(path)["epoch"] == 2
-
-
 def test_runs_of_the_same_second_have_a_folder_each_and_refused_ones_none(tmp_path, stub, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "time_stamp", lambda: "now")
@@ -525,6 +516,7 @@ def test_tensorboard_is_cut_back_with_the_run(tmp_path, stub):
         ("--resume nowhere.pth.tar", "nowhere.pth.tar: no such file"),
         ("--resume auto", "--output_dir"),
         ("--resume .", "--resume .: no checkpoint in ."),
+        ("--resume auto --evaluate --output_dir .", "no checkpoint in ."),
         ("--evaluate", "--evaluate needs a checkpoint"),
         ("--device tpu", "--device tpu"),
         ("--gpu 99", "--device cuda:99"),
@@ -535,7 +527,7 @@ def test_what_is_missing_is_named(capsys, tmp_path, monkeypatch, arguments, name
     assert names in refuse(capsys, *arguments.split())
 
 
-@pytest.mark.parametrize("reader", ["that goes", "of a full disk"])
+@pytest.mark.parametrize("reader", [pytest.param("that goes", marks=pytest.mark.slow), "of a full disk"])
 def test_training_outlives_its_output(tmp_path, reader):
     folder = tmp_path / "rün"
     command = [sys.executable, task.__file__, *TINY, *"--num_time_steps 4 --epochs 2 --output_dir".split(), str(folder)]

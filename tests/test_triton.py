@@ -34,6 +34,7 @@ from models.plasticity import HebbianRule
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU: test_on_the_interpreter runs it")
+slow_if_interpreted = [pytest.mark.slow] if INTERPRETED else []  # there such tests take 5 to 10 s each
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
 
@@ -127,7 +128,13 @@ CASES = {
 
 
 @runs_kernels
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=slow_if_interpreted if n in ("no refractory steps", "feedback later than the last step") else [])
+        for n in CASES
+    ],
+)
 def test_agrees_with_the_reference(name, small_tiles, poison):
     dynamics = CASES[name]
     tensors = inputs(batch=2 if name == "odd sizes" else 1, length=2, embedding=10, memory=9)
@@ -145,7 +152,7 @@ def test_agrees_with_the_reference(name, small_tiles, poison):
 
 
 @runs_kernels
-@pytest.mark.parametrize("name", ["odd sizes", "hard reset", "other constants"])
+@pytest.mark.parametrize("name", [pytest.param("odd sizes", marks=slow_if_interpreted), "other constants"])
 def test_float32_has_the_results_and_gradients_of_the_plain_model(name, small_tiles, poison):
     """Every training runs in float32: the proof that a run begins with, at sizes of several tiles."""
     results = []
@@ -204,6 +211,7 @@ def test_without_gradients_the_same_and_nothing_kept(small_tiles, poison):
 
 
 @runs_kernels
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
 def test_two_runs_give_identical_bits(small_tiles):
     dynamics = quick(num_time_steps=3)
     tensors = inputs(batch=2, length=1, embedding=4, memory=9)
@@ -233,6 +241,7 @@ def fused_write_arguments(save):
 
 
 @runs_kernels
+@(pytest.mark.slow if INTERPRETED else lambda test: test)
 def test_operations_are_registered_as_torch_library_wants():
     neuron = list(astuple(LIFNeuron()))
 
@@ -331,8 +340,8 @@ class H100:
     "batch, length, embedding, memory, steps, dtype",
     [
         (16, 10, 80, 100, 100, torch.float32),
-        (16, 10, 80, 100, 100, torch.float64),
-        (3, 2, 5, 300, 40, torch.float32),
+        pytest.param(16, 10, 80, 100, 100, torch.float64, marks=pytest.mark.slow),
+        pytest.param(3, 2, 5, 300, 40, torch.float32, marks=pytest.mark.slow),
         (1, 1, 1, 1, 1, torch.float32),
     ],
 )
