@@ -17,10 +17,10 @@ demo: $(VENV)/demo-ready
 	@echo "figures are in $(DEMO)/figures"
 
 test: lint
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 test-all: lint
-	$(RUN) -m pytest -q -m "slow or not slow"
+	$(RUN) -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff check .

@@ -61,7 +61,7 @@ def main(argv=None) -> int:
             return 0
         refuse_other_runs(jobs)
         gpus = find_gpus(args.jobs, args.threads)
-        with Interruption() as interruption:
+        with Interruption(patient=True) as interruption:  # a second signal must not leave the runs behind
             return Sweep(jobs, gpus, args.threads, args.test_only).work(interruption)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -135,7 +135,9 @@ def test_a_sweep_takes_over_from_a_dead_machine_and_saves_when_interrupted(tmp_p
     finish(dying)
     left = epochs()
     wait_for(lambda: epochs() > left, other)
-    other.send_signal(signal.SIGTERM)
+    for _ in range(2):  # as a batch system and its step daemon send it
+        other.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
     status, output = finish(other)
     assert status == 128 + signal.SIGTERM and "0 of 1 runs done, 0 failed, 1 unfinished" in output
     assert "interrupted in epoch" in (run / "log.txt").read_text()
@@ -145,12 +147,13 @@ def test_a_sweep_takes_over_from_a_dead_machine_and_saves_when_interrupted(tmp_p
 
 
 def test_the_sweep_file_makes_the_runs_that_are_kept():
-    """Old results of options that the file no longer gives would not be noticed: they are not made again."""
+    """Old results of options that the file no longer gives would not be noticed: they are not made again. The file may hold
+    more runs, which are still to do."""
     jobs = {job.name: job for job in sweep.read_sweep(ROOT / "experiments" / "results.yaml", Path("runs"))}
     kept = {result.name: result for result in runs.read_results(RESULTS)}
-    assert jobs.keys() == kept.keys()
-    for name, job in jobs.items():
-        assert job.differences(kept[name].options) == [], name
+    assert kept.keys() <= jobs.keys()
+    for name in kept:
+        assert jobs[name].differences(kept[name].options) == [], name
 
 
 @pytest.mark.parametrize("folder", [RESULTS, RESULTS.with_name("comparison")])
