@@ -24,7 +24,7 @@ import data
 import models
 from data.loader import prefetch
 from models import BackendError
-from utils import checkpoints, distributed, launch, rendezvous
+from utils import checkpoints, distributed, launch
 from utils.device import choose_backend, choose_device
 from utils.distributed import print_rank0
 from utils.errors import UsageError, UserError, not_finite, out_of_memory_in_one_line, outlive_output, warn_in_one_line
@@ -41,7 +41,7 @@ def main(argv=None) -> int:
     warn_in_one_line()
     outlive_output()
     try:
-        ranks = rendezvous.find_ranks(options)
+        ranks = launch.find_ranks(options)
         leads = ranks is None or ranks.leads  # other nodes get the options and the checkpoint from the first
         checkpoint = find_checkpoint(options) if leads else None
         if error := options.combination_error():

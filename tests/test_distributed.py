@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 import memorizing_associations_task as task
-from utils import checkpoints, rendezvous
+from utils import checkpoints, launch
 from utils.errors import UserError
 from utils.interruption import Interruption
 from utils.options import TASK_GROUPS, Parser
@@ -106,41 +105,51 @@ def assert_same_training(folder: Path, other: Path) -> None:
         assert all(rate > 0 for rate in rates.values())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def single(tmp_path_factory) -> Path:
-    """Two epochs by one process."""
-    folder, trace = tmp_path_factory.mktemp("single"), tmp_path_factory.mktemp("trace")
-    status, out, err = run(*NETWORK, "--epochs", "2", "--output_dir", folder, OMP_NUM_THREADS="1", SMALL_TASK_TRACE=str(trace))
-    assert status == 0, err
-    (folder / "out").write_text(out)
-    (folder / "trace").write_text((trace / "rank0").read_text())
+    """Two epochs by one process, once for all modules."""
+    folder, trace = (tmp_path_factory.getbasetemp() / name for name in ("single", "single_trace"))
+    if not folder.exists():
+        trace.mkdir()
+        words = (*NETWORK, "--epochs", "2", "--output_dir", folder)
+        status, out, err = run(*words, OMP_NUM_THREADS="1", SMALL_TASK_TRACE=str(trace))
+        assert status == 0, err
+        (folder / "out").write_text(out)
+        (folder / "trace").write_text((trace / "rank0").read_text())
     return folder
 
 
-def check_same_as_single(single: Path, folder: Path, out: str, trace: Path, processes: int) -> None:
-    assert_same_training(single, folder)
+def check_steps(single: Path, trace: Path, processes: int, threads: int = 1) -> None:
+    """Together the processes have seen what one process sees, each with its part of the threads."""
     steps = [path.read_text().splitlines() for path in sorted(trace.iterdir())]
     assert len(steps) == processes
-    assert {step.split()[0] for rank in steps for step in rank} == {"1"}, "threads are divided among the processes"
+    assert {step.split()[0] for rank in steps for step in rank} == {str(threads)}
     seen = [[x for part in parts for x in part.split()[1:]] for parts in zip(*steps, strict=True)]
-    assert seen == [step.split()[1:] for step in (single / "trace").read_text().splitlines()]
-    files = {path.name for path in single.iterdir()} - {"out", "trace"}
-    assert {path.name for path in folder.iterdir()} == files, "one process writes"
-    of_this_run = r"  [\d,]+ samples/s.*|/\S*/model_best|.* parameters learn .*"
-    told, single_told = (re.sub(of_this_run, "", text, flags=re.M) for text in (out, (single / "out").read_text()))
-    assert told == single_told, "one process prints"
+    expected = [step.split()[1:] for step in (single / "trace").read_text().splitlines()]
+    assert len(seen) >= 7 and seen == expected[: len(seen)]
 
 
-def test_three_processes_train_as_one_does(single, tmp_path):
+def check_one_voice(single: Path, out: str) -> None:
+    """The lines of the output are those of one process, as far as they go."""
+    of_this_run = r"  [\d,]+ samples/s.*|/\S*/model_best|.* parameters learn .*|interrupted in epoch .*\n"
+    lines, single_lines = (re.sub(of_this_run, "", t, flags=re.M).splitlines() for t in (out, (single / "out").read_text()))
+    assert len(lines) >= 3 and lines == single_lines[: len(lines)]
+
+
+def test_three_processes_train_as_one_does_and_one_resumes_after_ctrl_c(single, tmp_path):
     (trace := tmp_path / "trace").mkdir()
+    words = (*NETWORK, "--epochs", "2", "--output_dir", tmp_path / "run")
     status, out, err = run(
-        *NETWORK,
-        *("--epochs", "2", "--output_dir", tmp_path / "run", *distributed(3)),
-        OMP_NUM_THREADS="3",
-        SMALL_TASK_TRACE=str(trace),
+        *(*words, *distributed(3)), OMP_NUM_THREADS="3", SMALL_TASK_TRACE=str(trace), SMALL_TASK_FAIL="1:7:Ctrl-C"
     )
+    assert (status, err) == (128 + signal.SIGINT, "")
+    assert out.count("interrupted in epoch 2 after 124 of 250 samples") == 1
+    check_steps(single, trace, 3)
+    check_one_voice(single, out)
+    status, _, err = run(*words, "--resume", "auto")
     assert status == 0, err
-    check_same_as_single(single, tmp_path / "run", out, trace, 3)
+    assert_same_training(single, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in single.iterdir()} - {"out", "trace"}
 
 
 @pytest.mark.slow
@@ -153,20 +162,10 @@ def test_torchrun_trains_as_one_process_does(single, tmp_path):
         SMALL_TASK_TRACE=str(trace),
     )
     assert status == 0, err
-    for path in trace.iterdir():  # torchrun's 1 is not a choice: the cores are divided
-        threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-        path.write_text("".join(f"1{line.removeprefix(threads)}\n" for line in path.read_text().splitlines()))
-    check_same_as_single(single, tmp_path / "run", out, trace, 2)
-
-
-def test_ctrl_c_saves_once_and_one_process_resumes_what_two_began(single, tmp_path):
-    where = ("--epochs", "2", "--output_dir", tmp_path)
-    status, out, err = run(*NETWORK, *where, *distributed(2), SMALL_TASK_FAIL="1:7:Ctrl-C")
-    assert (status, err) == (128 + signal.SIGINT, "")
-    assert out.count("interrupted in epoch 2 after 124 of 250 samples") == 1
-    status, _, err = run(*NETWORK, *where, "--resume", "auto")
-    assert status == 0, err
-    assert_same_training(single, tmp_path)
+    # torchrun's one thread is not a choice: the cores are divided
+    check_steps(single, trace, 2, threads=max(1, len(os.sched_getaffinity(0)) // 2))
+    check_one_voice(single, out)
+    assert_same_training(single, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -231,17 +230,16 @@ def test_a_process_that_dies_ends_all_and_the_last_checkpoint_goes_on(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_death_is_told_on_every_node(tmp_path):
+def test_a_death_ends_every_node(tmp_path):
     where = ("--world_size", "2", *GLOO, "--dist_url", f"tcp://127.0.0.1:{free_port()}", "--output_dir", tmp_path)
     nodes = [
         Started(*NETWORK, "--epochs", "2", *where, "--rank", str(rank), SMALL_TASK_FAIL="1:3:SIGKILL") for rank in range(2)
     ]
-    for node in nodes:
+    cause = r"no answer from node 1 \(rank 1, host \S+\)", r"rank 1 \(process \d+ on \S+\) was killed by SIGKILL"
+    for node, words in zip(nodes, cause, strict=True):
         status, _, err = node.end()
         assert status == 1
-        assert re.fullmatch(
-            r"error: rank 1 \(process \d+ on \S+\) was killed by SIGKILL; the same command .* checkpoint\n", err
-        )
+        assert re.fullmatch(f"error: {words}; the same command .* checkpoint\n", err)
 
 
 @pytest.mark.slow
@@ -308,11 +306,12 @@ def test_ctrl_c_outside_a_training_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rendezvous, "_reachable", interrupted)
+    monkeypatch.setattr(launch, "_choose_interface", interrupted)
     assert task.main(["--world_size", "2", "--rank", "1", "--dist_backend", "gloo"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_windows_is_told_in_one_line():
     """Without the modules and signals that Windows lacks, so that no import of them comes first."""
     program = (
@@ -328,7 +327,7 @@ def test_windows_is_told_in_one_line():
 
 
 def ranks(*words):
-    return rendezvous.find_ranks(Parser("", TASK_GROUPS).parse(words))
+    return launch.find_ranks(Parser("", TASK_GROUPS).parse(words))
 
 
 ENVIRONMENT = {"MASTER_ADDR": "::1", "MASTER_PORT": "29", "WORLD_SIZE": "4", "RANK": "3"}
@@ -338,18 +337,22 @@ TORCHRUN_ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LO
 @pytest.mark.parametrize(
     ("words", "environment", "message"),
     [
-        ("--world_size 2", {}, "--rank -1: must be the number of this node, 0 to 1 with --world_size 2"),
-        ("--world_size 2 --rank 2", {}, "--rank 2: must be the number of this node, 0 to 1 with --world_size 2"),
+        ("--world_size 2", {}, "--rank -1: must be the number of this node, from 0, and below --world_size 2"),
+        ("--world_size 2 --rank 2", {}, "--rank 2: must be the number of this node, from 0, and below --world_size 2"),
         ("--rank 1", {}, "--rank 1: there is one node; give their number with --world_size"),
-        ("--world_size 0 --multiprocessing_distributed", {}, "--world_size 0: must be the number of nodes, at least 1"),
+        ("--world_size 0 --multiprocessing_distributed", {}, "--rank -1: must be the number of this node"),
         ("--world_size 2 --rank 0 --dist_url 127.0.0.1:1", {}, "--dist_url 127.0.0.1:1: must be tcp://HOST:PORT"),
         ("--world_size 2 --rank 0 --dist_url tcp://host:99999", {}, "--dist_url tcp://host:99999: must be tcp://HOST:PORT"),
         ("--processes_per_node 2 --gpu 0", {}, "--gpu and --device cuda:N name one GPU, but there are 2 processes"),
-        ("--dist_url env://", {}, "environment variable WORLD_SIZE is empty or not set, not a number: set the number of nodes"),
-        ("--dist_url env://", ENVIRONMENT | {"WORLD_SIZE": ""}, "environment variable WORLD_SIZE is empty or not set"),
-        ("--dist_url env://", ENVIRONMENT | {"MASTER_PORT": "tcp://10.0.0.1:29"}, "enableServiceLinks: false"),
-        ("--dist_url env://", ENVIRONMENT | {"MASTER_ADDR": ""}, "environment variable MASTER_ADDR is empty or not set"),
-        ("", ENVIRONMENT | {"TORCHELASTIC_RUN_ID": "x"}, "GROUP_RANK is empty or not set, not a number: start with torchrun"),
+        ("--dist_url env://", {}, "environment variable WORLD_SIZE is '': set it, or give --world_size"),
+        ("--dist_url env://", ENVIRONMENT | {"WORLD_SIZE": ""}, "environment variable WORLD_SIZE is '': set it"),
+        (
+            "--dist_url env://",
+            ENVIRONMENT | {"MASTER_PORT": "tcp://10.0.0.1:29"},
+            "environment variable MASTER_PORT is 'tcp://10.0.0.1:29': set it",
+        ),
+        ("--dist_url env://", ENVIRONMENT | {"MASTER_ADDR": ""}, "environment variable MASTER_ADDR is ''"),
+        ("", ENVIRONMENT | {"TORCHELASTIC_RUN_ID": "x"}, "environment variable GROUP_RANK is ''"),
     ],
 )
 def test_ranks_that_cannot_be_are_a_usage_error(words, environment, message, capsys, monkeypatch):
@@ -369,11 +372,11 @@ def test_nodes_are_counted_as_published(monkeypatch):
     one = ranks("--multiprocessing-distributed", "--processes_per_node", "3")
     assert (one.nodes, one.world_size, one.local_rank) == (1, 3, None)
     two = ranks("--processes_per_node", "3", "--world-size", "2", "--rank", "1", "--dist-url", "tcp://[::1]:29")
-    assert (two.nodes, two.world_size, two.node, two.host, two.port, two.rank(2)) == (2, 6, 1, "::1", 29, 5)
+    assert (two.nodes, two.world_size, two.node, two.url, two.rank(2)) == (2, 6, 1, "tcp://[::1]:29", 5)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     four = ranks("--dist-url", "env://", "--processes_per_node", "2")
-    assert (four.nodes, four.world_size, four.node, four.host) == (4, 8, 3, "::1")
+    assert (four.nodes, four.world_size, four.node, four.url) == (4, 8, 3, "tcp://[::1]:29")
     for name, value in TORCHRUN_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     torchrun = ranks()
@@ -384,89 +387,60 @@ def test_the_record_of_two_nodes_runs_again_on_one(tmp_path):
     options = Parser("", TASK_GROUPS).parse("--world_size 2 --rank 1 --batch_size 31 --dist_url tcp://host:29".split())
     (tmp_path / "options.yaml").write_text(options.to_yaml())
     again = Parser("", TASK_GROUPS).parse(["--config", str(tmp_path / "options.yaml")])
-    assert rendezvous.find_ranks(again) is None
+    assert launch.find_ranks(again) is None
     assert again.step_size == options.step_size == 62
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else a meeting sets it
-
-
-def meet(*nodes: str, port: int | None = None) -> list[str]:
-    """What each node says that does not find the others."""
-    port, said = port or free_port(), ["met"] * len(nodes)
-
-    def node(number: int, words: str) -> None:
-        url = f"--dist_url tcp://127.0.0.1:{port} --dist_backend gloo --dist_timeout {20 if len(nodes) > 1 else 1} "
-        options = Parser("", TASK_GROUPS).parse((url + words).split())
-        try:
-            rendezvous.Meeting(rendezvous.find_ranks(options), options)
-        except UserError as error:
-            said[number] = str(error)
-
-    threads = [threading.Thread(target=node, args=item) for item in enumerate(nodes)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.2)
-    for thread in threads:
-        thread.join()
-    return said
+def join(*words: str) -> str:
+    """What a process says that does not meet the others."""
+    options = Parser("", TASK_GROUPS).parse(["--dist_backend", "gloo", "--dist_timeout", "1", *words])
+    with pytest.raises(UserError) as refused:
+        launch._join(launch.find_ranks(options), 0, options)
+    return str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("node", "message"),
-    [
-        ("--world_size 2 --rank 0", "node 1 of 2 did not come within 1 s; start every node"),
-        ("--world_size 2 --rank 1", "nobody answered at 127.0.0.1:{port} within 1 s; start the node of --rank 0 there"),
-        (
-            "--world_size 2 --rank 1 --dist_url tcp://nowhere.invalid:29",
-            "--dist_url: cannot resolve the host name",
-        ),
-    ],
+    ("rank", "message"), [("0", "not all nodes came to {url} within 1 s"), ("1", "nobody answered at {url}")]
 )
-def test_a_node_that_never_comes(node, message):
-    port = free_port()
-    assert meet(node, port=port)[0].startswith(message.format(port=port))
+def test_a_node_that_never_comes(rank, message):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    assert join("--world_size", "2", "--rank", rank, "--dist_url", url).startswith(message.format(url=url))
 
 
 def test_a_port_in_use():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        (said,) = meet("--world_size 2 --rank 0", port=port)
-    assert said.startswith(f"--dist_url: port {port} cannot be used here (Address already in use); choose another one")
+        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        assert join("--world_size", "2", "--rank", "0", "--dist_url", url).startswith(
+            f"the port of --dist_url {url} cannot be used"
+        )
 
 
-@pytest.mark.parametrize(
-    ("nodes", "message"),
-    [
-        (("--world_size 2 --rank 0", "--world_size 2 --rank 1"), "met"),
-        (("--world_size 3 --rank 0", "--world_size 2 --rank 1"), "--world_size is 3 on node 0 and 2 on node 1"),
-        (("--world_size 3 --rank 0", "--world_size 3 --rank 1", "--world_size 3 --rank 1"), "--rank 1 is taken by two nodes"),
-        (
-            ("--world_size 2 --rank 0", "--world_size 2 --rank 1 --batch_size 7"),
-            "--batch_size is 512 on node 0 and 7 on node 1; give all nodes the same",
-        ),
-    ],
-)
-def test_nodes_that_do_not_belong_together_are_told(nodes, message):
-    assert all(said.startswith(message) for said in meet(*nodes))
+def test_a_host_name_that_nobody_knows(capsys, tmp_path):
+    words = ["--world_size", "2", "--rank", "1", *GLOO, "--dist_url", "tcp://nowhere.invalid:29"]
+    assert task.main([*words, "--output_dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("error: --dist_url: cannot resolve the host name nowhere.invalid (")
 
 
-def test_nodes_with_another_program_are_told():
+@pytest.mark.slow
+def test_nodes_that_differ_are_refused(tmp_path):
+    words = (*NETWORK, "--world_size", "2", *GLOO, "--dist_url", f"tcp://127.0.0.1:{free_port()}", "--output_dir", tmp_path)
+    nodes = [Started(*words, "--rank", str(rank), "--batch_size", str(7 + rank)) for rank in range(2)]
+    for rank, node in enumerate(nodes):
+        message = f"error: rank {rank}: --batch_size is 7 on node 0 and 8 on node 1; all nodes need the same\n"
+        assert node.end() == (1, "", message)
+
+
+def test_nodes_with_another_program_are_refused(monkeypatch):
     options = Parser("", TASK_GROUPS).parse(["--batch_size", "7"])
-    ours = rendezvous.card(rendezvous.Ranks("host", 29, 0, 2, 1), options)
-    assert rendezvous.difference({0: ours, 1: ours}) is None
-    theirs = ours | {"PyTorch": "2.0", "given": {"an option of another program": 1}}
-    assert rendezvous.difference({0: ours, 1: theirs}) == (
-        f"PyTorch is {torch.__version__} on node 0 and 2.0 on node 1; all nodes need the same"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "read_bytes", lambda path: b"changed")
-        theirs = rendezvous.card(rendezvous.Ranks("host", 29, 1, 2, 1), options)
-    assert rendezvous.difference({0: ours, 1: theirs}).startswith("this program (digest of its sources) is ")
+    card = launch._card(launch.Ranks("tcp://host:29", 0, 2, 1), options)
+    assert launch._difference([card, card]) is None
+    other = card | {"given": {"--an_option_of_another_program": 1}}
+    assert "an_option_of_another_program is None on node 0 and 1 on node 1" in launch._difference([card, other])
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"changed")
+    other = launch._card(launch.Ranks("tcp://host:29", 1, 2, 1), options)
+    assert launch._difference([card, other]).startswith("this program (digest of its sources) is ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for NCCL")

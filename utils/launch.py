@@ -1,10 +1,13 @@
-"""The processes of a distributed training: how they start, and end together when one of them fails.
+"""The processes of a distributed training: their ranks, how they start and meet, and how all end when one of them fails.
 
-Once the nodes have met (rendezvous.py) each starts its processes, one per GPU; under torchrun they are there already.
+Without torchrun, this program is started once on each of `--world_size` nodes and starts one process per GPU there; torchrun
+starts the processes itself. All meet at a key-value store of rank 0, at the address of `--dist_url`.
 """
 
+import hashlib
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
@@ -13,9 +16,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from signal import SIG_IGN, SIGABRT, SIGINT, SIGKILL, SIGTERM, signal
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -24,23 +30,103 @@ from tqdm import tqdm
 
 from models import BackendError, backends
 from utils import distributed
-from utils.errors import UserError, outlive_output, warn_in_one_line
+from utils.errors import UsageError, UserError, outlive_output, warn_in_one_line
 from utils.interruption import SIGNALS, Interruption
 from utils.options import Options
-from utils.rendezvous import Meeting, Ranks, card, difference, open_store
 
-Job = Callable[..., int]
-
-# What each process keeps for itself; all other options are those of the first node.
-_OWN_OPTIONS = ("rank", "gpu", "device")
+_OWN_OPTIONS = ("rank", "gpu", "device")  # each process keeps its own; all other options are those of rank 0
 _MOMENT = 2.0  # seconds that a process which lost another one waits before it ends, so that the cause is seen first
 _GRACE = 4.0  # seconds for the processes of a node to end by themselves after one of them failed
 
+# Why processes do not meet: what PyTorch raises, and what it means.
+_MEETING_ERRORS = {
+    "EADDRINUSE|EACCES": "the port of --dist_url {url} cannot be used here (in use, or reserved); choose another one, the same "
+    "on all nodes, and start one --rank 0 only (SLURM: --ntasks-per-node=1)",
+    "(?i)timed out.* connect": "nobody answered at {url} within {timeout:g} s; start the node of --rank 0 there, with the same "
+    "--dist_url, and see that no firewall is between",
+    "(?i)timed? ?out": "not all nodes came to {url} within {timeout:g} s; start every node with the same --dist_url, "
+    "--world_size (number of nodes) and number of processes, each with its own --rank, or wait longer: --dist_timeout SECONDS",
+}
 
-def run(job: Job, ranks: Ranks | None, options: Options, *args) -> int:
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a node's processes: `processes` of them, from `node * processes` on."""
+
+    url: str  # tcp://HOST:PORT of rank 0
+    node: int
+    nodes: int
+    processes: int  # on each node
+    local_rank: int | None = None  # under torchrun: number of this process on its node
+
+    @property
+    def leads(self) -> bool:
+        """Whether the checkpoint is read here, and rank 0 runs."""
+        return self.node == 0 and not self.local_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes
+
+    def rank(self, local_rank: int) -> int:
+        return self.node * self.processes + local_rank
+
+
+def find_ranks(options: Options) -> Ranks | None:
+    """This node's ranks by the options, or by the environment (env://, torchrun). None: one process trains alone.
+
+    Raises:
+        UsageError: they give none.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        names = ("GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+        node, size, processes, local_rank = (int(_variable(name)) for name in names)
+        if size % processes:
+            raise UsageError(f"torchrun: {size} processes do not divide into nodes of {processes}; start as many on each node")
+        return Ranks(_url_of_environment(), node, size // processes, processes, local_rank)
+
+    url, nodes, node = options["dist_url"], options["world_size"], options["rank"]
+    if not (options["multiprocessing_distributed"] or options["processes_per_node"] or nodes > 1 or url == "env://"):
+        if node > 0:
+            raise UsageError(f"--rank {node}: there is one node; give their number with --world_size")
+        return None
+    if url == "env://":
+        nodes = int(_variable("WORLD_SIZE")) if nodes == -1 else nodes
+        node = int(_variable("RANK")) if node == -1 else node
+        url = _url_of_environment()
+    nodes = 1 if nodes == -1 else nodes
+    node = 0 if node == -1 and nodes == 1 else node
+    if not 0 <= node < nodes:
+        raise UsageError(f"--rank {node}: must be the number of this node, from 0, and below --world_size {nodes}, the nodes")
+    processes = options["processes_per_node"] or 1
+    if options["multiprocessing_distributed"] and not options["processes_per_node"] and options["device"] != "cpu":
+        processes = max(torch.cuda.device_count(), 1)
+    if processes > 1 and (options["gpu"] is not None or options["device"].startswith("cuda:")):
+        raise UsageError(f"--gpu and --device cuda:N name one GPU, but there are {processes} processes; leave them out")
+    with suppress(ValueError):  # a port out of range
+        parts = urlsplit(url)
+        if parts.scheme == "tcp" and parts.hostname and parts.port:
+            return Ranks(url, node, nodes, processes)
+    raise UsageError(f"--dist_url {url}: must be tcp://HOST:PORT, the same on all nodes, or env://")
+
+
+def _url_of_environment() -> str:
+    host = _variable("MASTER_ADDR", ".+").strip("[]")  # an IPv6 address may stand in brackets
+    return f"tcp://[{host}]:{_variable('MASTER_PORT')}" if ":" in host else f"tcp://{host}:{_variable('MASTER_PORT')}"
+
+
+def _variable(name: str, pattern: str = r"\d+") -> str:
+    text = os.environ.get(name, "")
+    if not re.fullmatch(pattern, text):
+        remedy = "set it, or give --world_size, --rank and --dist_url tcp://HOST:PORT"
+        raise UsageError(f"environment variable {name} is {text!r}: {remedy}")
+    return text
+
+
+def run(job: Callable[..., int], ranks: Ranks | None, options: Options, *args) -> int:
     """Run `job(options, *args)` in every process, with a process group around it.
 
-    Options and `args` are the first node's everywhere. Returns the exit status, after a line on stderr where a process failed.
+    Options and `args` are rank 0's everywhere. Returns the exit status, after a line on stderr where a process failed.
 
     Raises:
         UserError, BackendError: this node cannot take part.
@@ -48,14 +134,16 @@ def run(job: Job, ranks: Ranks | None, options: Options, *args) -> int:
     if ranks is None:
         return job(options, *args)
     _check_devices(ranks, options)
+    _choose_interface(ranks)
     options.values["world_size"] = ranks.nodes
     if ranks.local_rank is not None:
-        ending = _work(job, ranks, ranks.local_rank, options, args)
-        _leave(ending.status if not ending.failed else _report(ending.cause or _lost([], options), ending.details))
+        status, message, _ = _work(job, ranks, ranks.local_rank, options, args)
+        print(message, end="\n" if message else "", file=sys.stderr)
+        _leave(status)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the processes warn
         backends.build(options["backend"], "cuda" if _uses_gpus(options) else "cpu")
-    return _run_children(job, Meeting(ranks, options), options, args)
+    return _run_children(job, ranks, options, args)
 
 
 def _uses_gpus(options: Options) -> bool:
@@ -72,112 +160,75 @@ def _check_devices(ranks: Ranks, options: Options) -> None:
         raise UserError(f"--processes_per_node {ranks.processes}: only {gpus} GPUs here, one per process; or use --device cpu")
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How the work of a process ended."""
-
-    status: int
-    failed: bool = False
-    cause: str = ""  # of a failure: what happened in this process; empty where another one is the reason
-    details: str = ""  # the traceback of an unforeseen failure
-
-
-def _work(job: Job, ranks: Ranks, local_rank: int, options: Options, args: tuple) -> Ending:
-    """What each process does: join the others, run the job."""
-    rank = ranks.rank(local_rank)
+def _choose_interface(ranks: Ranks) -> None:
+    """Have gloo use the network interface that leads to rank 0 (IPv4, on Linux). It would take that of this host's own name,
+    which may stand for loopback."""
+    host = urlsplit(ranks.url).hostname
     try:
-        _join(ranks, local_rank, options)
-        values, args = distributed.broadcast_object((options.values, args))
-        options.values = values | {name: options[name] for name in _OWN_OPTIONS}
-        status = job(options, *args)
-        dist.destroy_process_group()
-        return Ending(status)
-    except KeyboardInterrupt:
-        return Ending(128 + SIGINT)
-    except (UserError, BackendError) as error:
-        return Ending(1, True, f"rank {rank}: {error}")
-    except Exception as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
-            time.sleep(_MOMENT)
-            return Ending(1, True)
-        cause = f"rank {rank} failed: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        return Ending(1, True, cause + _remedy(options), traceback.format_exc()[-8000:])
+        family, *_, address = min(socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM))  # IPv4 before IPv6
+    except (OSError, UnicodeError) as failure:
+        remedy = "use a name that all nodes know, or the address of the node of --rank 0"
+        raise UserError(f"--dist_url: cannot resolve the host name {host} ({failure}); {remedy}") from None
+    if sys.platform != "linux" or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if ranks.nodes > 1 and address[0].startswith("127."):
+        address = ("192.0.2.1", 9)  # any address elsewhere: other nodes cannot reach loopback
+    import fcntl
+
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address; 0x8915: SIOCGIFADDR
+                own = fcntl.ioctl(probe, 0x8915, name.encode().ljust(256, b"\0"))[20:24]
+                if socket.inet_ntoa(own) == probe.getsockname()[0]:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def _join(ranks: Ranks, local_rank: int, options: Options) -> None:
-    _divide_threads(ranks)
-    warn_in_one_line()
-    outlive_output()
-    if ranks.rank(local_rank):
-        warnings.simplefilter("ignore")  # rank 0 warns
-    if _uses_gpus(options):
-        if ranks.processes > 1:
-            options.values["gpu"] = local_rank
-        torch.cuda.set_device(options["gpu"] or 0)
-    backend = "cpu:gloo,cuda:nccl" if options["dist_backend"] == "nccl" else options["dist_backend"]
-    limit = timedelta(seconds=options["dist_timeout"])
-    if ranks.local_rank is None:
-        store = dist.PrefixStore("group", open_store(ranks, options["dist_timeout"]))
-        dist.init_process_group(backend, None, limit, ranks.world_size, ranks.rank(local_rank), store)
-    else:
-        dist.init_process_group(backend, timeout=limit)
-        cards: list = [None] * ranks.world_size
-        dist.all_gather_object(cards, card(ranks, options))
-        if refusal := difference(dict(enumerate(cards[:: ranks.processes]))):
-            raise UserError(refusal)
-
-
-def _divide_threads(ranks: Ranks) -> None:
-    threads = torch.get_num_threads()
-    if ranks.local_rank is not None and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    elif ranks.local_rank is not None:
-        threads *= ranks.processes
-    torch.set_num_threads(max(threads // ranks.processes, 1))
-
-
-def _run_children(job: Job, meeting: Meeting, options: Options, args: tuple) -> int:
+def _run_children(job: Callable[..., int], ranks: Ranks, options: Options, args: tuple) -> int:
     """Start this node's processes and wait until they end."""
-    ranks = meeting.ranks
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # PyTorch logs a lost connection with a stack of C++ calls
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)  # it tells which processes it ends
-    readers, writers = zip(*(mp.get_context("spawn").Pipe(duplex=False) for _ in range(ranks.processes)), strict=True)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)  # it reports which processes it ends
+    reader, writer = mp.get_context("spawn").Pipe(duplex=False)  # the first to fail is the first to write
     with Interruption() as interruption:
         # A terminal and a batch system send signals to all; the processes ignore them, and this one passes them on as SIGTERM.
         handlers = {number: signal(number, SIG_IGN) for number in SIGNALS if number != SIGTERM}
-        children = mp.spawn(_child, (job, ranks, options, args, writers), ranks.processes, join=False)
+        children = mp.spawn(_child, (job, ranks, options, args, writer), ranks.processes, join=False)
         for number, handler in handlers.items():
             signal(number, handler)
-        dead, passed_on = None, False
+        passed_on = False
         try:
             while not children.join(timeout=0.2, grace_period=_GRACE):
                 if interruption.signal and not passed_on:
                     passed_on = True
                     for process in children.processes:
                         process.terminate()
+            return 0
         except mp.ProcessExitedException as exited:
             dead = exited
-    endings = {n: reader.recv() for n, reader in enumerate(readers) if reader.poll()}
-    if dead is None or (interruption.signal and not any(ending.cause for ending in endings.values())):
-        status = max((ending.status for ending in endings.values()), default=1)
-        return interruption.status if status and interruption.signal else status
-    first = endings.get(dead.error_index)
-    if first is None and not (options["dist_backend"] == "nccl" and dead.exit_code == -SIGABRT):  # so NCCL gives up
+    if dead.exit_code > 128 or (interruption.signal and dead.exit_code == -SIGTERM):  # by a signal, after it saved or before
+        return interruption.status or dead.exit_code
+    stuck = [child.exitcode == -SIGKILL for child in children.processes]
+    if dead.exit_code == 1 and reader.poll():
+        message, lost = reader.recv()
+        if lost and any(stuck):
+            message = _no_answer(f"rank {ranks.rank(stuck.index(True))}", options)
+    elif options["dist_backend"] == "nccl" and dead.exit_code == -SIGABRT:  # so NCCL gives up
+        message = _no_answer("another process", options)
+    else:
         how = f"was killed by {dead.signal_name}" if dead.signal_name else f"ended with status {dead.exit_code}"
-        where = f"rank {ranks.rank(dead.error_index)} (process {dead.error_pid} on {socket.gethostname()})"
-        first = Ending(1, True, f"{where} {how}{_remedy(options)}")
-    first = next((ending for ending in (first, *endings.values()) if ending and ending.cause), Ending(1, True))
-    cause, silent = meeting.find_cause(first.cause)
-    silent = silent or [f"rank {ranks.rank(n)}" for n, child in enumerate(children.processes) if child.exitcode == -SIGKILL]
-    return _report(cause or _lost(silent, options), first.details)
+        process = f"rank {ranks.rank(dead.error_index)} (process {dead.error_pid} on {socket.gethostname()})"
+        message = f"error: {process} {how}{_remedy(options)}"
+    print(message, file=sys.stderr, flush=True)
+    return 1
 
 
-def _child(local_rank: int, job: Job, ranks: Ranks, options: Options, args: tuple, writers) -> None:
+def _child(local_rank: int, job: Callable[..., int], ranks: Ranks, options: Options, args: tuple, writer) -> None:
     mp._prctl_pr_set_pdeathsig(SIGKILL)  # it does not outlive its parent (on Linux; no effect elsewhere)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves behind
-    ending = _work(job, ranks, local_rank, options, args)
-    writers[local_rank].send(ending)
-    _leave(1 if ending.failed else 0)
+    status, *failure = _work(job, ranks, local_rank, options, args)
+    if status == 1:
+        writer.send(failure)
+    _leave(status)
 
 
 def _leave(status: int) -> None:
@@ -188,15 +239,96 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
-def _report(message: str, details: str) -> int:
-    sys.stdout.flush()
-    print(details, f"error: {message}", sep="", file=sys.stderr, flush=True)
-    return 1
+def _work(job: Callable[..., int], ranks: Ranks, local_rank: int, options: Options, args: tuple) -> tuple[int, str, bool]:
+    """What each process does: join the others, run the job. Returns its exit status, what failed, and whether another process
+    is the reason for that."""
+    rank, others = ranks.rank(local_rank), []
+    try:
+        others += _join(ranks, local_rank, options)
+        values, args = distributed.broadcast_object((options.values, args))
+        options.values = values | {name: options[name] for name in _OWN_OPTIONS}
+        status = job(options, *args)
+        dist.destroy_process_group()
+        return status, "", False
+    except KeyboardInterrupt:
+        return 128 + SIGINT, "", False
+    except (UserError, BackendError) as error:
+        return 1, f"error: rank {rank}: {error}", False
+    except Exception as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            time.sleep(_MOMENT)
+            who = others[0] if len(others) == 1 else "another process"  # PyTorch does not name it
+            return 1, _no_answer(who, options), True
+        cause = f"rank {rank} failed: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        return 1, f"{traceback.format_exc()[-3000:]}error: {cause}{_remedy(options)}", False
 
 
-def _lost(silent: list[str], options: Options) -> str:
-    who = f"no answer from {' and '.join(silent)}" if silent else "the connection to another process is lost"
-    return who + _remedy(options)
+def _join(ranks: Ranks, local_rank: int, options: Options) -> list[str]:
+    """Meet the other processes and compare the nodes. Returns what the other nodes are called."""
+    _divide_threads(ranks)
+    warn_in_one_line()
+    outlive_output()
+    if ranks.rank(local_rank):
+        warnings.simplefilter("ignore")  # rank 0 warns
+    if _uses_gpus(options):
+        if ranks.processes > 1:
+            options.values["gpu"] = local_rank
+        torch.cuda.set_device(options["gpu"] or 0)
+    backend = "cpu:gloo,cuda:nccl" if options["dist_backend"] == "nccl" else options["dist_backend"]
+    limit, cards = timedelta(seconds=options["dist_timeout"]), [{}] * ranks.world_size
+    try:
+        dist.init_process_group(backend, ranks.url, limit, ranks.world_size, ranks.rank(local_rank))
+        dist.all_gather_object(cards, _card(ranks, options))
+    except RuntimeError as failure:
+        for words, message in _MEETING_ERRORS.items():
+            if re.search(words, str(failure)):
+                raise UserError(message.format(url=ranks.url, timeout=options["dist_timeout"])) from failure
+        raise
+    nodes = cards[:: ranks.processes]
+    if difference := _difference(nodes):
+        raise UserError(difference)
+    return [card["name"] for node, card in enumerate(nodes) if node != ranks.node]
+
+
+def _divide_threads(ranks: Ranks) -> None:
+    threads = torch.get_num_threads()
+    if ranks.local_rank is not None:
+        threads *= ranks.processes
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
+            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(threads // ranks.processes, 1))
+
+
+def _card(ranks: Ranks, options: Options) -> dict:
+    """A node's name, and what the nodes compare before they start."""
+    root = Path(__file__).parents[1]
+    inside = [path for folder in ("data", "models", "utils") for path in (root / folder).rglob("*")]
+    program = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *(path for path in inside if path.suffix in (".py", ".cpp", ".h"))]):
+        program.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    first, last = ranks.rank(0), ranks.rank(ranks.processes - 1)
+    own_ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+    names = [option.name for title in ("model", "data", "training", "curriculum") for option in options.groups[title]]
+    return {
+        "name": f"node {ranks.node} ({own_ranks}, host {socket.gethostname()})",
+        "software": {"PyTorch": torch.__version__, "this program (digest of its sources)": program.hexdigest()[:12]},
+        "values": {f"--{name}": options[name] for name in names},
+        "given": {f"--{name}": options[name] for name in names if name in options.given},
+    }
+
+
+def _difference(cards: list[dict]) -> str | None:
+    """In what a node differs from node 0, though it must not."""
+    same = cards[0]["software"] | cards[0]["values"]
+    for node, card in enumerate(cards):
+        for what, value in (card["software"] | card["given"]).items():
+            if value != same.get(what):
+                return f"{what} is {same.get(what)} on node 0 and {value} on node {node}; all nodes need the same"
+    return None
+
+
+def _no_answer(who: str, options: Options) -> str:
+    return f"error: no answer from {who}{_remedy(options)}"
 
 
 def _remedy(options: Options) -> str:
