@@ -61,11 +61,15 @@ def forward_and_backward(options, backend, dtype=torch.float64):
 
 LONG = {"length": 55, "batch": 1, "num_classes": 55, "feature_size": 9, "embedding_size": 20, "memory_size": 20, "thr": 0.05}
 LONG |= {"num_time_steps": 8}
+# More samples than the parts that a batch is divided into, which add up their gradients.
+LARGE_BATCH = {"length": 1, "batch": 130, "num_classes": 4, "feature_size": 5, "num_time_steps": 20}
+LARGE_BATCH |= {"embedding_size": 9, "memory_size": 9, "thr": 0.05}
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(sizes)
 @example(LONG)
+@example(LARGE_BATCH)
 def test_any_sizes_and_options_agree_with_the_reference(options):
     theirs, their_gradients = forward_and_backward(options, "reference")
     ours, our_gradients = forward_and_backward(options, "cpp")
