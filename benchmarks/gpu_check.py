@@ -26,6 +26,8 @@ from benchmarks import training_step
 from models import POPULATIONS
 from models.backends.triton.writing import SEGMENT
 from tests import golden
+from utils import checkpoints
+from utils.run import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 DRY = os.environ.get("TRITON_INTERPRET") == "1"
@@ -236,15 +238,15 @@ def training(folder: Path) -> Iterator[Row]:
     status = script(120, "memorizing_associations_task.py", *backend, *options, "--output_dir", run)
     seconds = f"{time.monotonic() - start:.0f}"
     yield "training: exit status, seconds", f"{status}, {seconds}", "0 (143: stopped for time)"
-    history = [json.loads(line)["validation_accuracy"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    history = [json.loads(line)["validation_accuracy"] for line in (run / METRICS).read_text().splitlines()]
     yield "training: epochs, best validation accuracy", f"{len(history)}, {max(history):.1f} %", "> 95 %"
-    best = run / "model_best.pth.tar"
+    best = run / checkpoints.BEST
     yield (
         "test of the best network: exit status",
         f"{script(60, 'memorizing_associations_task.py', '--resume', best, '--evaluate')}",
         "0",
     )
-    curve = ["plot_memorizing_associations_task.py", "--metrics", run / "metrics.jsonl", "--output", folder / "training.png"]
+    curve = ["plot_memorizing_associations_task.py", "--metrics", run / METRICS, "--output", folder / "training.png"]
     yield "training curve: exit status", f"{script(60, *curve)}", "0"
 
 
