@@ -69,9 +69,9 @@ def table(groups: dict[str, list[Result]]) -> list[dict]:
     """A row per group: test accuracy in percent at each length (mean and standard deviation over the seeds), thousands of
     training samples until 90 % in validation (mean; "-" where a seed never gets there)."""
     rows = []
-    for group, words in (NETWORKS | STEPS).items():
-        runs = groups.get(group, [])
-        if not runs or group in (row["group"] for row in rows):
+    for group in dict.fromkeys((*NETWORKS, *STEPS)):
+        runs, words = groups.get(group, []), (STEPS | NETWORKS)[group]
+        if not runs:
             continue
         reached = [first_above(run, REACHED) for run in runs]
         epochs = sorted({len(run.metrics) for run in runs})

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import memorizing_associations_task as task
-from experiments import export, summarize, sweep
+from experiments import compare, export, summarize, sweep
 from utils import checkpoints
 from utils import results as runs
 from utils.errors import UserError
@@ -154,6 +154,15 @@ def test_the_sweep_file_makes_the_runs_that_are_kept():
     assert kept.keys() <= jobs.keys()
     for name in kept:
         assert jobs[name].differences(kept[name].options) == [], name
+
+
+def test_the_comparison_is_that_of_the_raw_metrics():
+    folder, groups = RESULTS.with_name("comparison"), {}
+    for result in runs.read_results(folder):
+        groups.setdefault(result.name.rpartition("/")[0], []).append(result)
+    assert (folder / "comparison.csv").read_text(encoding="utf-8") == runs.to_csv(compare.table(groups))
+    jobs = {job.name for job in sweep.read_sweep(ROOT / "experiments" / "comparison.yaml", Path("runs"))}
+    assert {name.rpartition("/")[0] for name in jobs} >= groups.keys()
 
 
 @pytest.mark.parametrize("folder", [RESULTS, RESULTS.with_name("comparison")])
