@@ -20,6 +20,7 @@ import memorizing_associations_task as task
 from utils import checkpoints, launch
 from utils.errors import UserError
 from utils.interruption import Interruption
+from utils.metrics import EpochMetrics
 from utils.options import TASK_GROUPS, Parser
 
 SMALL_TASK = Path(__file__).with_name("small_task.py")
@@ -450,3 +451,12 @@ def test_nccl_without_a_gpu(capsys, tmp_path):
         "error: --dist_backend nccl: no GPU for it here; on CPUs: --dist_backend gloo --processes_per_node N\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, 5.0), (1, 2.0)])
+def test_the_sums_of_an_interrupted_epoch_are_continued_by_rank_0_alone(rank, expected, monkeypatch):
+    monkeypatch.setattr("utils.distributed.rank", lambda: rank)
+    metrics = EpochMetrics(torch.device("cpu"), {"samples": 3.0, "loss": 3.0, "seconds": 1.0})
+    metrics.add(2, {"loss": torch.tensor(2.0)})
+    totals = metrics.totals()
+    assert (totals["samples"], totals["loss"]) == (expected, expected)
