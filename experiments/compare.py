@@ -14,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import data
-from experiments.summarize import mean_and_deviation
+from experiments.summarize import accuracy_at, mean_and_deviation
 from utils.errors import in_one_line
 from utils.figures import save
+from utils.figures.curves import draw_repetitions
 from utils.figures.style import BLACK, DOTTED, GREY, SERIES, TWO_COLUMNS, heading, new_figure, styled
-from utils.results import Result, read_results, to_csv
+from utils.results import Result, columns, read_results, to_csv
 
 # Trained with 10 pairs of 30 classes: group -> words.
 NETWORKS = {
@@ -77,14 +79,10 @@ def table(groups: dict[str, list[Result]]) -> list[dict]:
         epochs = sorted({len(run.metrics) for run in runs})
         rows.append(
             {"group": group, "network": words, "seeds": len(runs), "epochs": "-".join(map(str, epochs))}
-            | {f"{length} pairs": mean_and_deviation([accuracy(run, length) for run in runs]) for length in LENGTHS}
+            | {f"{length} pairs": mean_and_deviation([accuracy_at(run, length) for run in runs]) for length in LENGTHS}
             | {"thousand samples to 90 %": "-" if None in reached else f"{np.mean(reached):.0f}"}
         )
     return rows
-
-
-def accuracy(run: Result, length: int) -> float | None:
-    return next((float(test["accuracy"]) for test in run.tests if int(test["sequence_length"]) == length), None)
 
 
 def first_above(run: Result, percent: float) -> float | None:
@@ -105,19 +103,16 @@ def draw(groups: dict[str, list[Result]], noise_rows: list[dict[str, str]]) -> F
     products to the spiking network."""
     figure = new_figure(TWO_COLUMNS, 108)
     (lengths, training), (noise, steps) = figure.subplots(2, 2)
-    colours = dict(zip(NETWORKS, (*SERIES, GREY), strict=False))
-    for group, words in NETWORKS.items():
-        runs, look = groups.get(group, []), {"color": colours[group]}
-        for ax, points in ((lengths, tested), (training, validated)):
-            lines = [points(run) for run in runs]
-            for x, y in lines if len(lines) > 1 else ():
-                ax.plot(x, y, lw=0.3, alpha=0.6, **look)
-            if lines:
-                shortest = min(len(x) for x, _ in lines)
-                mean = np.mean([y[:shortest] for _, y in lines], axis=0)
-                ax.plot(lines[0][0][:shortest], mean, ".-", ms=2, label=f"{words} ({len(runs)})", **look)
+    handles = []
+    for (group, words), colour in zip(NETWORKS.items(), (*SERIES, GREY), strict=False):
+        runs, look = [columns(run.tests) | columns(run.metrics) for run in groups.get(group, [])], {"color": colour}
+        if runs:
+            handles.append(Line2D([], [], label=f"{words} ({len(runs)})", **look))
+        draw_repetitions(lengths, [(run["sequence_length"], run["accuracy"]) for run in runs], group, **look)
+        seen = data.TRAINING_SAMPLES / 1000
+        draw_repetitions(training, [(seen * run["epoch"], run["validation_accuracy"]) for run in runs], group, **look)
         rows = [row for row in noise_rows if row["network"] == group.removeprefix("ood_")]
-        noise.plot([float(row["deviation"]) for row in rows], [float(row["accuracy"]) for row in rows], ".-", ms=2, **look)
+        noise.plot([float(row["deviation"]) for row in rows], [float(row["accuracy"]) for row in rows], **look)
     exact = [row for row in noise_rows if row["network"] == noise_rows[0]["network"]]
     noise.plot([float(r["deviation"]) for r in exact], [float(r["nearest"]) for r in exact], ls=DOTTED, color=BLACK,
                label="exact nearest neighbour")  # fmt: skip
@@ -125,7 +120,7 @@ def draw(groups: dict[str, list[Result]], noise_rows: list[dict[str, str]]) -> F
     for length, marker in ((10, "o"), (20, "s"), (30, "^")):
         means = []
         for place, group in enumerate(there):
-            found = [value for run in groups[group] if (value := accuracy(run, length)) is not None]
+            found = [value for run in groups[group] if (value := accuracy_at(run, length)) is not None]
             steps.plot([place] * len(found), found, marker, ms=2.5, mew=0.4, mfc="none", color=BLACK)
             means.append(np.mean(found))
         steps.plot(means, marker=marker, ms=2.5, lw=0.6, color=BLACK, label=f"{length} pairs")
@@ -140,19 +135,8 @@ def draw(groups: dict[str, list[Result]], noise_rows: list[dict[str, str]]) -> F
     noise.set_xlabel("Standard deviation")
     for ax in (lengths, training, noise, steps):
         ax.set(ylabel="Accuracy (%)", ylim=(0, 103))
-    handles, labels = lengths.get_legend_handles_labels()
-    extra = noise.get_legend_handles_labels()
-    figure.legend(handles + extra[0], labels + extra[1], loc="outside lower left", ncols=3)
+    figure.legend(handles=[*handles, *noise.get_legend_handles_labels()[0]], loc="outside lower left", ncols=3)
     return figure
-
-
-def tested(run: Result) -> tuple[list[float], list[float]]:
-    return [int(test["sequence_length"]) for test in run.tests], [float(test["accuracy"]) for test in run.tests]
-
-
-def validated(run: Result) -> tuple[list[float], list[float]]:
-    samples = [n * data.TRAINING_SAMPLES / 1000 for n in range(1, len(run.metrics) + 1)]
-    return samples, [line["validation_accuracy"] for line in run.metrics]
 
 
 if __name__ == "__main__":

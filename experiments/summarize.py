@@ -65,7 +65,6 @@ def summary(result: Result) -> dict[str, Any]:
     best = int(np.argmax(validation)) if metrics else None
     threshold = learned_above(options["sequence_length"])
     learned = next((epoch for epoch, accuracy in enumerate(validation, start=1) if accuracy > threshold), None)
-    tested = [float(test["accuracy"]) for test in result.tests if int(test["sequence_length"]) == options["sequence_length"]]
     return {
         "run": result.name,
         "sequence_length": options["sequence_length"],
@@ -79,8 +78,13 @@ def summary(result: Result) -> dict[str, Any]:
         "learned_in_epoch": learned,
         "best_validation_accuracy": validation[best] if metrics else None,
         "best_epoch": best + 1 if metrics else None,
-        "test_accuracy": tested[0] if tested else None,
+        "test_accuracy": accuracy_at(result, options["sequence_length"]),
     } | {f"{name}_rate": round(metrics[-1][name], 2) if metrics and name in metrics[-1] else None for name in SHOWN_RATES}
+
+
+def accuracy_at(result: Result, length: int) -> float | None:
+    """Percent, where the run was tested at that length."""
+    return next((float(test["accuracy"]) for test in result.tests if int(test["sequence_length"]) == length), None)
 
 
 def learned_above(length: int) -> float:

@@ -21,9 +21,9 @@ SMALL = {"num_time_steps": 8, "embedding_size": 8, "memory_size": 8}
 
 @pytest.fixture
 def traced(monkeypatch):
-    """All but the last part of compilation, which takes a minute: graphs of one step, run operation by operation."""
-    monkeypatch.setattr(compiled, "STEPS", 1)
-    monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend="eager"))
+    """All but the last part of compilation, which takes a minute: graphs of two steps, run operation by operation."""
+    monkeypatch.setattr(compiled, "STEPS", 2)
+    monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend="aot_eager"))
     backends._objection_to_compiled.cache_clear()
     yield
     backends._objection_to_compiled.cache_clear()

@@ -20,7 +20,6 @@ import memorizing_associations_task as task
 from utils import checkpoints, launch
 from utils.errors import UserError
 from utils.interruption import Interruption
-from utils.metrics import EpochMetrics
 from utils.options import TASK_GROUPS, Parser
 
 SMALL_TASK = Path(__file__).with_name("small_task.py")
@@ -341,7 +340,7 @@ TORCHRUN_ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LO
         ("--world_size 2", {}, "--rank -1: must be the number of this node, from 0, and below --world_size 2"),
         ("--world_size 2 --rank 2", {}, "--rank 2: must be the number of this node, from 0, and below --world_size 2"),
         ("--rank 1", {}, "--rank 1: there is one node; give their number with --world_size"),
-        ("--world_size 0 --multiprocessing_distributed", {}, "--rank -1: must be the number of this node"),
+        ("--world_size 0 --multiprocessing_distributed", {}, "--world_size 0: must be the number of nodes, at least 1"),
         ("--world_size 2 --rank 0 --dist_url 127.0.0.1:1", {}, "--dist_url 127.0.0.1:1: must be tcp://HOST:PORT"),
         ("--world_size 2 --rank 0 --dist_url tcp://host:99999", {}, "--dist_url tcp://host:99999: must be tcp://HOST:PORT"),
         ("--processes_per_node 2 --gpu 0", {}, "--gpu and --device cuda:N name one GPU, but there are 2 processes"),
@@ -451,12 +450,3 @@ def test_nccl_without_a_gpu(capsys, tmp_path):
         "error: --dist_backend nccl: no GPU for it here; on CPUs: --dist_backend gloo --processes_per_node N\n"
     )
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("rank", "expected"), [(0, 5.0), (1, 2.0)])
-def test_the_sums_of_an_interrupted_epoch_are_continued_by_rank_0_alone(rank, expected, monkeypatch):
-    monkeypatch.setattr("utils.distributed.rank", lambda: rank)
-    metrics = EpochMetrics(torch.device("cpu"), {"samples": 3.0, "loss": 3.0, "seconds": 1.0})
-    metrics.add(2, {"loss": torch.tensor(2.0)})
-    totals = metrics.totals()
-    assert (totals["samples"], totals["loss"]) == (expected, expected)

@@ -89,8 +89,9 @@ def test_training_never_keeps_a_memory_for_every_step():
     assert 0 < len(kept) <= 400 // hebbian_memory.RECOMPUTE_EVERY + 10 + 4
 
 
-def test_recomputation_does_not_change_gradients(monkeypatch):
-    monkeypatch.setattr(hebbian_memory, "RECOMPUTE_EVERY", 7)  # the last segment is shorter
+@pytest.mark.parametrize("steps", [1, 7, 10_000])
+def test_recomputation_does_not_change_gradients(monkeypatch, steps):
+    monkeypatch.setattr(hebbian_memory, "RECOMPUTE_EVERY", steps)
     golden.check(golden.load("small_defaults"), "reference")
 
 

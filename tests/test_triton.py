@@ -152,7 +152,9 @@ def test_agrees_with_the_reference(name, small_tiles, poison):
 
 
 @runs_kernels
-@pytest.mark.parametrize("name", [pytest.param("odd sizes", marks=slow_if_interpreted), "other constants"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=slow_if_interpreted) for n in ("odd sizes", "hard reset")), "other constants"]
+)
 def test_float32_has_the_results_and_gradients_of_the_plain_model(name, small_tiles, poison):
     """Every training runs in float32: the proof that a run begins with, at sizes of several tiles."""
     results = []
@@ -211,7 +213,7 @@ def test_without_gradients_the_same_and_nothing_kept(small_tiles, poison):
 
 
 @runs_kernels
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
+@(pytest.mark.slow if INTERPRETED else lambda test: test)
 def test_two_runs_give_identical_bits(small_tiles):
     dynamics = quick(num_time_steps=3)
     tensors = inputs(batch=2, length=1, embedding=4, memory=9)

@@ -96,6 +96,8 @@ def find_ranks(options: Options) -> Ranks | None:
         url = _url_of_environment()
     nodes = 1 if nodes == -1 else nodes
     node = 0 if node == -1 and nodes == 1 else node
+    if nodes < 1:
+        raise UsageError(f"--world_size {nodes}: must be the number of nodes, at least 1")
     if not 0 <= node < nodes:
         raise UsageError(f"--rank {node}: must be the number of this node, from 0, and below --world_size {nodes}, the nodes")
     processes = options["processes_per_node"] or 1
