@@ -294,16 +294,6 @@ class Options:
 class _Loader(yaml.BaseLoader):
     """YAML whose scalars stay words (but for null), so that `010` and `1:30` are what they are on the command line."""
 
-    def construct_mapping(self, node, deep=False):
-        mapping = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            key = key.replace("-", "_") if isinstance(key, str) else str(key)
-            if key in mapping:
-                raise yaml.YAMLError(f"{key} is there twice")
-            mapping[key] = self.construct_object(value_node, deep=True)
-        return mapping
-
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
@@ -320,6 +310,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
+        self._negative_number_matcher = re.compile(r"-[.\d]|-inf|-nan")  # values, not options; argparse's own misses -1e-3
         self.groups = groups
         self.table = {option.name: option for options in groups.values() for option in options}
         text = "read options from a YAML file; the command line overrides it, and a later file an earlier one"
@@ -336,6 +327,9 @@ class Parser(argparse.ArgumentParser):
                 if option.choices:
                     metavar = "{" + ",".join(map(str, option.choices)) + "}"
                 group.add_argument(f"--{option.name}", **nargs, metavar=metavar, help=text)
+                if option.kind is bool:
+                    off = {"dest": option.name, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
+                    group.add_argument(f"--no_{option.name}", **off)
 
     def error(self, message: str) -> NoReturn:
         in_one_line = " ".join(message.split())
@@ -343,13 +337,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None) -> Options:
         """Options from defaults, then `--config`, then the command line. Exits with 2 and one line for what is wrong."""
-        arguments = vars(self.parse_args(self._words(sys.argv[1:] if argv is None else argv)))
+        argv = sys.argv[1:] if argv is None else argv
+        words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+        parsed, unknown = self.parse_known_args(words)
+        if unknown:
+            self._refuse("", unknown[0])
+        arguments = vars(parsed)
         sources = [(f"{path}: ", self._read(path)) for path in arguments.pop("config", ())] + [("--", arguments)]
         values, given = {name: option.default for name, option in self.table.items()}, set()
         for prefix, found in sources:
             for name, value in found.items():
                 if name not in self.table:
-                    self.error(f"{prefix}{name}: no such option{self._hint(name)}")
+                    self._refuse(prefix, name)
                 try:
                     values[name] = self.table[name].convert(value)
                 except ValueError as wrong:
@@ -359,37 +358,13 @@ class Parser(argparse.ArgumentParser):
         options.set_network()
         return options
 
-    def _words(self, argv: Sequence[str]) -> list[str]:
-        """The command line as argparse takes it: underscores in names, --no_SWITCH as a value, a negative number as a value."""
-        words: list[str] = []
-        for word in argv:
-            spelled, equals, value = word.partition("=")
-            name = spelled[2:].replace("-", "_")
-            if not spelled.startswith("--") or not name:
-                negative = re.match(r"-[.\d]|-inf|-nan", word) and words and words[-1].removeprefix("--") in self.table
-                if negative and not self.table[words[-1][2:]].words:
-                    words[-1] += f"={word}"
-                else:
-                    words.append(word)
-            elif name in self.table or name in ("config", "help"):
-                words.append(f"--{name}{equals}{value}")
-            elif name.startswith("no_") and not equals and name[3:] in self.table and self.table[name[3:]].kind is bool:
-                words.append(f"--{name[3:]}=false")
-            else:
-                self.error(f"{spelled}: no such option{self._hint(name)}")
-        return words
-
-    def _hint(self, name: str) -> str:
-        if name == "local_rank":
-            return "; start the processes by torchrun, which passes it in the environment"
-        parts = name.split("_")
-        for option in self.table:
-            words = option.split("_")
-            starts = len(parts) == len(words) and all(map(str.startswith, words, parts))
-            if starts or name == "".join(word[0] for word in words):  # seq_len, lr
-                return f", did you mean {option}?"
+    def _refuse(self, prefix: str, spelled: str) -> NoReturn:
+        name = spelled.lstrip("-").partition("=")[0]
         close = difflib.get_close_matches(name, self.table, n=1)
-        return f", did you mean {close[0]}?" if close else ""
+        hint = f", did you mean {close[0]}?" if close else ""
+        if name == "local_rank":
+            hint = "; start the processes by torchrun, which passes it in the environment"
+        self.error(f"{prefix}{spelled}: no such option{hint}")
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
@@ -398,8 +373,6 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--config {path}: {failure.strerror}")
         except (yaml.YAMLError, ValueError, RecursionError, RuntimeError) as failure:
             self.error(f"--config {path}: not a YAML file of options ({' '.join(str(failure).split())})")
-        if found is None:
-            return {}
-        if not isinstance(found, dict):
+        if not isinstance(found, dict | None):
             self.error(f"--config {path}: must hold lines like 'memory_size: 100'")
-        return found
+        return {str(name).replace("-", "_"): value for name, value in (found or {}).items()}
