@@ -12,8 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-import models
-from examples.another_rule import OPTIONS, train
+from examples.another_rule import learn
 from models.constants import constant
 from models.neurons import LIFNeuron, Spike, population
 
@@ -45,21 +44,16 @@ class AdaptiveNeuron(LIFNeuron):
         return AdaptiveState(z, v, r, a)
 
 
-def main(steps: int, backend: str) -> None:
+def main(steps: str = "150", backend: str = "reference") -> None:
     figure, (learning, rate) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for name, neuron in (("published", LIFNeuron()), ("adaptive threshold", AdaptiveNeuron())):
-        torch.manual_seed(1)
-        accuracy = train(models.build_model(OPTIONS, backend, neuron=neuron), steps)
-        print(f"{name}: accuracy {sum(accuracy[-20:]) / len(accuracy[-20:]):.0f} % in the last steps")
-        learning.plot(torch.tensor(accuracy).unfold(0, min(10, steps), 1).mean(1), label=name)
+        learn(learning, name, int(steps), backend, neuron=neuron)
         spikes = population(neuron, torch.linspace(0.1, 1, 100)[None, None], hold=400).spikes[0]  # 100 neurons, 400 ms
         rate.plot(1000 * spikes.unfold(0, 20, 1).mean((1, 2)), label=name)
-    learning.set(xlabel="training step", ylabel="accuracy (%)", title="One pair, four labels")
     rate.set(xlabel="time (ms)", ylabel="firing rate (Hz)", title="100 neurons, constant currents")
     learning.legend()
     figure.savefig("another_neuron.png", dpi=150)
 
 
 if __name__ == "__main__":
-    steps, backend = sys.argv[1:] or ("150", "reference")
-    main(int(steps), backend)
+    main(*sys.argv[1:])

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch
-from torch.nn.functional import cross_entropy
 
 import models
 from models.constants import constant
 from models.plasticity import HebbianRule
-
-OPTIONS = {"num_classes": 4, "num_time_steps": 30, "embedding_size": 16, "memory_size": 16}
 
 
 @dataclass(frozen=True)
@@ -28,37 +25,35 @@ class OjaRule(HebbianRule):
         return memory + self.eta * nu * (kappa - nu * memory)
 
 
-def train(model: torch.nn.Module, steps: int) -> list[float]:
-    """Accuracy of each training step: store one pair, then recall its label, of four. Only the memory can tell which."""
-    optimizer, accuracy = torch.optim.Adam(model.parameters(), lr=1e-2), []
-    for _ in range(steps):
+def learn(ax, name: str, steps: int, backend: str, **changes) -> None:
+    """Train a network with another rule or neuron to store one pair and recall its label, of four; draw its accuracy."""
+    torch.manual_seed(1)
+    model = models.build_model({"num_classes": 4, "num_time_steps": 30, "memory_size": 16}, backend, **changes)
+    optimizer, accuracy = torch.optim.Adam(model.parameters(), lr=1e-2), torch.zeros(steps)
+    for step in range(steps):
         features, labels = torch.rand(64, 1, 10), torch.randint(4, (64, 1))
         logits, answer = model(features, labels, query=features[:, 0]).logits, labels[:, 0]
         optimizer.zero_grad()
-        cross_entropy(logits, answer).backward()
+        torch.nn.functional.cross_entropy(logits, answer).backward()
         optimizer.step()
-        accuracy.append(100 * (logits.argmax(1) == answer).float().mean().item())
-    return accuracy
+        accuracy[step] = 100 * (logits.argmax(1) == answer).float().mean()
+    print(f"{name}: accuracy {accuracy[-20:].mean():.0f} % in the last steps")
+    ax.plot(accuracy.unfold(0, min(10, steps), 1).mean(1), label=name)
+    ax.set(xlabel="training step", ylabel="accuracy (%)", title="One pair, four labels")
 
 
-def main(steps: int, backend: str) -> None:
+def main(steps: str = "150", backend: str = "reference") -> None:
     figure, (learning, weight) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for name, rule in (("published", HebbianRule()), ("Oja", OjaRule())):
-        torch.manual_seed(1)
-        accuracy = train(models.build_model(OPTIONS, backend, rule=rule), steps)
-        print(f"{name}: accuracy {sum(accuracy[-20:]) / len(accuracy[-20:]):.0f} % in the last steps")
-        learning.plot(torch.tensor(accuracy).unfold(0, min(10, steps), 1).mean(1), label=name)
-        w, course = torch.zeros(1, 1, 1), []
+        learn(learning, name, int(steps), backend, rule=rule)
+        course = [0.0]
         for value, key in [(0.5, 0.5)] * 100 + [(0.0, 0.5)] * 100 + [(0.5, 0.0)] * 100:
-            w = rule.update(w, torch.tensor([[value]]), torch.tensor([[key]]))
-            course.append(w.item())
+            course.append(rule.update(torch.tensor([[course[-1:]]]), torch.tensor([[value]]), torch.tensor([[key]])).item())
         weight.plot(course, label=name)
-    learning.set(xlabel="training step", ylabel="accuracy (%)", title="One pair, four labels")
     weight.set(xlabel="time (ms)", ylabel="Hebbian weight", title="Key and value active | key | value")
     learning.legend()
     figure.savefig("another_rule.png", dpi=150)
 
 
 if __name__ == "__main__":
-    steps, backend = sys.argv[1:] or ("150", "reference")
-    main(int(steps), backend)
+    main(*sys.argv[1:])

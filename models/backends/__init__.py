@@ -134,7 +134,8 @@ def _objection_to_compiled(
 
     With the run's own number of threads: other code is compiled for another.
     """
-    print("compiling the time loop (one to three minutes; less if PyTorch's cache holds it) ...", file=sys.stderr, flush=True)
+    how_long = "one to three minutes, and some seconds more at the first evaluation; less if PyTorch's cache holds it"
+    print(f"compiling the time loop ({how_long}) ...", file=sys.stderr, flush=True)
     compiled = functools.partial(plain, loop=program("compiled"))
     try:
         return _first_difference(compiled, device_type, dynamics, plain, (dtype,), sizes)
