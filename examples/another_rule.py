@@ -28,7 +28,7 @@ class OjaRule(HebbianRule):
 def learn(ax, name: str, steps: int, backend: str, **changes) -> None:
     """Train a network with another rule or neuron to store one pair and recall its label, of four; draw its accuracy."""
     torch.manual_seed(1)
-    model = models.build_model({"num_classes": 4, "num_time_steps": 30, "memory_size": 16}, backend, **changes)
+    model = models.build_model(dict(num_classes=4, num_time_steps=30, embedding_size=16, memory_size=16), backend, **changes)
     optimizer, accuracy = torch.optim.Adam(model.parameters(), lr=1e-2), torch.zeros(steps)
     for step in range(steps):
         features, labels = torch.rand(64, 1, 10), torch.randint(4, (64, 1))

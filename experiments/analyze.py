@@ -28,7 +28,7 @@ from utils import checkpoints
 from utils.errors import in_one_line
 from utils.figures import save
 from utils.figures.style import GREY, SERIES, TWO_COLUMNS, new_figure, styled
-from utils.results import to_csv
+from utils.metrics import to_csv
 
 DEPRESSION = (0.3, 0.2, 0.1, 0.02, 0.0)
 BATCH = 125  # as the task script tests: the rounding of a product depends on it

@@ -22,7 +22,8 @@ from utils.errors import in_one_line
 from utils.figures import save
 from utils.figures.curves import draw_repetitions
 from utils.figures.style import BLACK, DOTTED, GREY, SERIES, TWO_COLUMNS, heading, new_figure, styled
-from utils.results import Result, columns, read_results, to_csv
+from utils.metrics import to_csv
+from utils.results import Result, columns, read_results
 
 # Trained with 10 pairs of 30 classes: group -> words.
 NETWORKS = {

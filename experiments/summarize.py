@@ -20,8 +20,9 @@ import models
 from utils.errors import in_one_line
 from utils.figures import curves, save
 from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, new_figure, styled
+from utils.metrics import to_csv
 from utils.options import CURRICULUM, DATA, MODEL, TRAINING, network_defaults
-from utils.results import GROUP, Result, columns, read_results, to_csv, write_groups
+from utils.results import GROUP, Result, columns, read_results, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
 # The groups of accuracy_against_length, and their labels.

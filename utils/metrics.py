@@ -93,14 +93,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a CSV file and say where. Raises UserError where that fails."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
     with contextlib.suppress(OSError):  # what is wrong with the folder is reported with the file
         path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    checkpoints.write_atomically(path, lambda file: file.write(to_csv(rows).encode()))
     print_rank0(f"table written to {path}")
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table with the columns of all rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 class TensorBoard:

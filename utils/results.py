@@ -6,7 +6,6 @@ GROUP/tests.csv     a row per tested length of each run, as in its accuracy_by_l
 """
 
 import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import yaml
 
 from utils.errors import UserError
-from utils.metrics import read_metrics
+from utils.metrics import read_metrics, to_csv
 from utils.run import METRICS, OPTIONS, TABLE
 
 COMMANDS = "command.txt"  # of a run of a sweep, beside what the task script keeps there
@@ -131,12 +130,3 @@ def write_groups(results: Iterable[Result], root: Path) -> None:
         (root / group).mkdir(parents=True, exist_ok=True)
         for name, content in ((GROUP, text), (GROUP_METRICS, to_csv(metrics)), (GROUP_TESTS, to_csv(tests))):
             (root / group / name).write_text(content, encoding="utf-8")
-
-
-def to_csv(rows: list[dict[str, Any]]) -> str:
-    """A table with the columns of all rows."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
