@@ -262,8 +262,8 @@ def read_curves(places: tuple[str, ...], read: Callable, needed: tuple[str, ...]
     runs = [run for place in places for run in results.read_results(Path(place)) if read(run)]
     if places and not runs:
         raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
-    told = [o.name for o in (*MODEL, *TRAINING, *CURRICULUM) if o.name not in ("seed", "epochs", "start_epoch")]
-    differing = [name for name in told if len({str(run.options.get(name)) for run in runs}) > 1] or ["sequence_length"]
+    named = [o.name for o in (*MODEL, *TRAINING, *CURRICULUM) if o.name not in ("seed", "epochs", "start_epoch")]
+    differing = [name for name in named if len({str(run.options.get(name)) for run in runs}) > 1] or ["sequence_length"]
     curves = []
     for run in runs:
         columns = results.columns(read(run))

@@ -205,7 +205,7 @@ def reference_speed(_) -> Iterator[Row]:
 
 
 def script(seconds: int, *arguments) -> int:
-    """Exit status of a script of the root, which is told to save and end after some time."""
+    """Exit status of a script of the root, which is interrupted, so that it saves, after some time."""
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT)
     try:
         return process.wait(seconds)

@@ -121,7 +121,7 @@ def describe(result: Result) -> str:
     """What made a network, and what it scores."""
     row = summary(result)
     trained = [line for line in result.commands if "--evaluate" not in line]
-    commands = {}  # command -> the commits it ran at; it goes on where it was interrupted
+    commands = {}  # command -> the commits it ran at; an interrupted run resumes at a later one
     for line in trained:
         commit, command = line.split(": ", maxsplit=1)
         commands.setdefault(command, []).append(commit)

@@ -111,12 +111,12 @@ def way_of_training(options: dict[str, Any]) -> str:
         words.append(f"curriculum from {options['curriculum_start']}, {options['curriculum_step']} more each epoch")
     if options["mixed_lengths"]:
         words.append(f"mixed lengths from {options['mixed_lengths']}")
-    told = _NOT_A_WAY_OF_TRAINING | {option.name for option in CURRICULUM}
+    shown = _NOT_A_WAY_OF_TRAINING | {option.name for option in CURRICULUM}
     own = network_defaults(options.get("network", models.networks.DEFAULT))
     for option in (*MODEL, *DATA, *TRAINING):
         default = own.get(option.name, option.default)
         value = options.get(option.name, default)
-        if option.name not in told and value != default:
+        if option.name not in shown and value != default:
             words.append(f"{option.name} {value}")
     return ", ".join(words) or "published options"
 

@@ -16,7 +16,7 @@ from models.through_time import through_time
 
 XAVIER_GAIN = math.sqrt(2)
 
-# While gradients are recorded, the memory is kept every so many steps of writing, and the steps between are recomputed.
+# While gradients are recorded, the memory is kept at every N-th step of writing, and recomputed between.
 RECOMPUTE_EVERY = 25
 
 

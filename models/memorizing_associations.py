@@ -245,7 +245,7 @@ def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) ->
     """
     for name, mean in mean_rates.items():
         if mean.numel() != mean.shape[-1]:
-            raise ValueError(f"mean_rates: {name} must hold one mean rate a neuron, not {tuple(mean.shape)}")
+            raise ValueError(f"mean_rates: {name} must hold one mean rate per neuron, not {tuple(mean.shape)}")
     return torch.stack([(mean - target_rate).square().mean() for mean in mean_rates.values()]).sum()
 
 

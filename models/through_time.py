@@ -20,8 +20,8 @@ def through_time(
     Args:
         state: before the first time step.
         inputs: each B x time x ...; a step is given their slices B x ...
-        recompute_every: while gradients are recorded, keep the state every so many steps only and recompute the steps
-            between in the backward pass. None: automatic differentiation keeps every step.
+        recompute_every: while gradients are recorded, keep the state only at every this many steps, and recompute the
+            steps between in the backward pass. None: automatic differentiation keeps every step.
         run: what applies the step to inputs of some length; `run_steps` if None.
 
     Returns:
@@ -53,7 +53,7 @@ def _learns(step: Step, state: Any, inputs: tuple[Tensor, ...]) -> bool:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A run through time that keeps the state every so many steps.
+    """A run through time that keeps the state at every N-th step only.
 
     `torch.utils.checkpoint` does the same, but the many small nodes that it leaves between large tensors fragment the heap,
     until the process is as large as if every step were kept.

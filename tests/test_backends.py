@@ -78,7 +78,7 @@ MISUSES = {
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("name", MISUSES)
 def test_operands_that_do_not_belong_together_are_refused_by_name(name, backend):
-    """Kernels read and write by the shapes and types that they are told."""
+    """Kernels read and write by the shapes and types that they are given."""
     call, message = MISUSES[name]
     with pytest.raises(ValueError, match=message):
         call(models.build_model(SMALL, backend), *pairs())

@@ -275,9 +275,9 @@ def test_resume_auto_falls_back_to_the_newest_whole_checkpoint(folder, capsys):
     with open(folder / checkpoints.LAST, "r+b") as file:
         file.truncate(5000)
     assert train(folder, 3) == 0
-    told = capsys.readouterr().out
-    assert f"warning: {folder / checkpoints.LAST}: damaged" in told
-    assert f"going back to {folder / checkpoints.BEST}, of epoch 2" in told
+    printed = capsys.readouterr().out
+    assert f"warning: {folder / checkpoints.LAST}: damaged" in printed
+    assert f"going back to {folder / checkpoints.BEST}, of epoch 2" in printed
     assert checkpoints.load(folder / checkpoints.LAST)["epoch"] == 3
 
 
@@ -294,15 +294,15 @@ def test_resume_auto_does_not_start_anew_where_every_checkpoint_is_damaged(folde
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--dampening_factor", "1e20"], "epoch 1, step 1: not finite: gradient of input_layer.weight"),
         (["--l2", "1e38"], "epoch 2, step 1: not finite: loss, gradient of input_layer.weight"),
     ],
 )
-def test_not_finite_stops_before_the_step(options, told, tmp_path, capsys):
-    assert told in refused(capsys, "--output_dir", tmp_path, "--epochs", 3, *options)
-    finished = int(told.split(",")[0].removeprefix("epoch ")) - 1
+def test_not_finite_stops_before_the_step(options, message, tmp_path, capsys):
+    assert message in refused(capsys, "--output_dir", tmp_path, "--epochs", 3, *options)
+    finished = int(message.split(",")[0].removeprefix("epoch ")) - 1
     assert checkpoints.load(tmp_path / checkpoints.LAST)["epoch"] == finished
     assert len((tmp_path / METRICS).read_text().splitlines()) == finished
 

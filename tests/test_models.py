@@ -70,7 +70,7 @@ def test_rate_regularization_is_of_mean_rates():
     rates["read_key"] = torch.tensor([10.0, 20.0, 10.0])
     expected = 6 * (5 - 10) ** 2 + ((10 - 10) ** 2 + (20 - 10) ** 2 + (10 - 10) ** 2) / 3
     assert models.rate_regularization(rates, 10.0).item() == pytest.approx(expected)
-    with pytest.raises(ValueError, match="read_key must hold one mean rate a neuron"):
+    with pytest.raises(ValueError, match="read_key must hold one mean rate per neuron"):
         models.rate_regularization(rates | {"read_key": torch.zeros(2, 3)}, 10.0)
 
 

@@ -69,7 +69,7 @@ public:
     const T* surrogate(int64_t t) const { return surrogates.at(t * width()); }
     V surrogate(int64_t t, int b) const { return near_threshold[t * nv + b] ? vec(surrogate(t))[b] : V{}; }
 
-    // From rest, for so many steps; keeps what `adjoint` needs, if asked.
+    // From rest, for `steps` steps; keeps what `adjoint` needs, if asked.
     void start(int64_t steps, bool keep_trajectory) {
         keep = keep_trajectory;
         carry.zeros(width()), refractory.zeros(width()), count.zeros(width());

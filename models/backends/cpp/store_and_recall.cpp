@@ -9,7 +9,7 @@
 //   3. Until key j has fired its column is zero.
 //   4. The loss sees a column only through the spikes of its key: after the last one its adjoint is zero.   (backward.h)
 //   5. A strongly driven neuron fires again as soon as it may. So the encoding neurons that fire at a step are mostly those that
-//      fired so many steps before, and a sum over them differs from the sum then by few rows.      (forward.h)
+//      fired that many steps before, and a sum over them differs from the sum then by few rows.      (forward.h)
 //   6. Some hundred steps after its last spike a key's trace has decayed below rounding. It counts as zero from there on: an update
 //      of its column changes nothing, and its adjoint is a sum.                                    (hebbian.h)
 // The backward runs a sample forward again from its input currents, keeps the columns at the start of each chunk of time,

@@ -78,6 +78,6 @@ def without_gradient(ctx, outputs: list[Tensor]) -> None:
 
 
 def tile_of(size: int, elements: int) -> dict[str, int]:
-    """Rows and columns of a tile of about so many elements that spans the columns of a size x size matrix."""
+    """Rows and columns of a tile of about that many elements that spans the columns of a size x size matrix."""
     columns = triton.next_power_of_2(size)
     return {"size": size, "columns": columns, "rows": max(1, min(columns, elements // columns))}

@@ -115,7 +115,7 @@ def write_backward(
     grad_keys,  # groups x B x time x size, to be summed over the groups
     batch,
     steps,
-    groups,  # a sample's tiles are shared among so many programs
+    groups,  # programs that share a sample's tiles
     size: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
