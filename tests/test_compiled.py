@@ -72,6 +72,13 @@ def test_a_run_uses_the_code_that_was_proven():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("traced")
+def test_a_second_network_of_a_process_may_have_other_constants():
+    for constants in ({}, {"thr": 0.2, "tau_mem": 15.0, "dampening_factor": 0.5, "refractory_time_steps": 1}):
+        model = models.build_model(SMALL | constants, "compiled")
+        assert model.prepare_backend("cpu") == ("compiled", {})
+
+
 class Exhausted(NamedTuple):
     spikes: Tensor
     membrane: Tensor
