@@ -22,7 +22,7 @@ def through_time(step: plain.Step, state, *inputs: Tensor, recompute_every: int 
 
 
 # Every network, constant and precision of a process adds code for each of its steps, and 8 are allowed by default. A constant
-# that a second network has at another value would become an input of the code, which fails in the surrogate's autograd.Function.
+# that a second network has at another value would become an input of the code: the surrogate's autograd.Function fails then.
 @torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024, specialize_float=True, specialize_int=True)
 def _run_blocks(step: plain.Step, state, *inputs: Tensor):
     """All blocks look alike to `torch.compile`, so that it compiles one of them: whether or not it starts from rest."""
