@@ -137,14 +137,15 @@ def test_words_of_the_command_line(words, values):
         ("--backend fast", "--backend: must be one of auto"),
         ("--inf_data 2", "--inf_data: must be one of 0, 1"),
         ("--perfect_reset maybe", "--perfect_reset: must be true or false, not 'maybe'"),
-        ("--no-thr", "--no_thr: no such option"),
+        ("--no-thr", "--no-thr: no such option"),
+        ("--lr 1", "--lr: no such option, did you mean learning_rate?"),
         ("--seq_len 5", "--seq_len: no such option, did you mean sequence_length?"),
-        ("--batchsize=5", "--batchsize=5: no such option, did you mean batch_size?"),
-        ("--local-rank=0", "--local_rank=0: no such option; start the processes by torchrun"),
+        ("--batchsize=5", "--batchsize: no such option, did you mean batch_size?"),
+        ("--local-rank=0", "--local-rank: no such option; start the processes by torchrun"),
         ("--config no.yaml", "no.yaml: No such file"),
         ("--config .", "--config .: Is a directory"),
         ("--curriculum_start 11", "--curriculum_start 11"),
-        ("word", "word: no such option"),
+        ("word", "unrecognized arguments: word"),
     ],
 )
 def test_impossible_command_lines_are_refused(arguments, names):
@@ -157,6 +158,7 @@ def test_impossible_command_lines_are_refused(arguments, names):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
+        ("thr: 0.1\nthr: 0.2\n", "thr is there twice"),
         ("thr: 1e400\n", "thr: must be finite"),
         ("seed: 1:30\n", "seed: must be a whole number, not '1:30'"),
         ("memory_size: [1, 2]\n", "memory_size: must be a whole number"),
@@ -171,7 +173,7 @@ def test_impossible_command_lines_are_refused(arguments, names):
         ("[" * 2_000, "options.yaml"),
         (b"\xff\xfe\x00\x01", "options.yaml"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_odd_yaml_is_refused(script, text, named):
     status, error = in_yaml(script, text)

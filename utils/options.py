@@ -294,6 +294,12 @@ class Options:
 class _Loader(yaml.BaseLoader):
     """YAML whose scalars stay words (but for null), so that `010` and `1:30` are what they are on the command line."""
 
+    def construct_mapping(self, node, deep=False):
+        names = [str(self.construct_object(name, deep=True)).replace("-", "_") for name, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"{twice} is there twice")
+        return {name: self.construct_object(value, deep=True) for name, (_, value) in zip(names, node.value, strict=True)}
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
@@ -340,8 +346,10 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
         parsed, unknown = self.parse_known_args(words)
+        if unknown and not unknown[0].startswith("--"):
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         if unknown:
-            self._refuse("", unknown[0])
+            self._refuse("", dict(zip(words, argv, strict=True))[unknown[0]].partition("=")[0])
         arguments = vars(parsed)
         sources = [(f"{path}: ", self._read(path)) for path in arguments.pop("config", ())] + [("--", arguments)]
         values, given = {name: option.default for name, option in self.table.items()}, set()
@@ -359,9 +367,10 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def _refuse(self, prefix: str, spelled: str) -> NoReturn:
-        name = spelled.lstrip("-").partition("=")[0]
-        close = difflib.get_close_matches(name, self.table, n=1)
-        hint = f", did you mean {close[0]}?" if close else ""
+        name = spelled.lstrip("-").replace("-", "_")
+        initials = {"".join(word[0] for word in option.split("_")): option for option in self.table}  # lr
+        close = initials.get(name) or next(iter(difflib.get_close_matches(name, self.table, n=1)), None)
+        hint = f", did you mean {close}?" if close else ""
         if name == "local_rank":
             hint = "; start the processes by torchrun, which passes it in the environment"
         self.error(f"{prefix}{spelled}: no such option{hint}")
@@ -375,4 +384,4 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--config {path}: not a YAML file of options ({' '.join(str(failure).split())})")
         if not isinstance(found, dict | None):
             self.error(f"--config {path}: must hold lines like 'memory_size: 100'")
-        return {str(name).replace("-", "_"): value for name, value in (found or {}).items()}
+        return found or {}
