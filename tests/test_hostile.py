@@ -10,6 +10,7 @@ import golden
 import pytest
 import torch
 
+import memorizing_associations_task as task
 from utils import checkpoints
 from utils.errors import UserError
 
@@ -72,4 +73,12 @@ def test_pickles_and_files_of_old_pytorch_are_not_opened(tmp_path):
     torch.save(payload, path, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="damaged, or not a checkpoint"):
         checkpoints.load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_script_refuses_in_one_line(tmp_path, capsys):
+    path = hostile_files(tmp_path)["call"]
+    assert task.main(["--resume", str(path), "--evaluate"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {path}: refused, it holds more than tensors and plain values"
     assert not (tmp_path / "ran").exists()

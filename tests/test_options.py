@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 
 import golden
 import hypothesis
@@ -16,9 +17,9 @@ from utils.errors import UserError
 from utils.options import TASK_GROUPS, Parser
 
 PUBLISHED = str(golden.FOLDER / "published_format_checkpoint.pth.tar")
-NAMES = {
-    "train": sorted(o.name for group in TASK_GROUPS.values() for o in group),
-    "plot": sorted(o.name for group in plot.GROUPS.values() for o in group),
+TABLES = {
+    "train": {o.name: o for group in TASK_GROUPS.values() for o in group},
+    "plot": {o.name: o for group in plot.GROUPS.values() for o in group},
 }
 EXAMPLES = int(os.environ.get("OPTIONS_EXAMPLES", "25"))
 many = hypothesis.settings(
@@ -82,7 +83,7 @@ PUBLISHED_DEFAULTS = """{
 
 def test_every_published_option_has_its_default_and_both_spellings(capsys):
     for name, default in yaml.safe_load(PUBLISHED_DEFAULTS).items():
-        assert Parser("", TASK_GROUPS).table[name].default == default
+        assert TABLES["train"][name].default == default
         for spelling in (name, name.replace("_", "-")):
             value = {"perfect_reset": "", "evaluate": "", "logging": "", "multiprocessing_distributed": ""}.get(name)
             words = [f"--{spelling}"] if value is not None else [f"--{spelling}", "none" if default is None else str(default)]
@@ -159,21 +160,26 @@ def test_impossible_command_lines_are_refused(arguments, names):
     ("text", "named"),
     [
         ("thr: 0.1\nthr: 0.2\n", "thr is there twice"),
+        ("tau-mem: 1\ntau_mem: 1\n", "tau_mem is there twice"),
         ("thr: 1e400\n", "thr: must be finite"),
         ("seed: 1:30\n", "seed: must be a whole number, not '1:30'"),
         ("memory_size: [1, 2]\n", "memory_size: must be a whole number"),
         ("memory_size:\n", "memory_size: needs a value"),
+        ("memory_size: " + "9" * 5000 + "\n", "memory_size: must be a whole number"),
         ("perfect_reset: 1\n", "perfect_reset: must be true or false"),
         ("memory_sise: 3\n", "memory_sise: no such option, did you mean memory_size?"),
+        ("? [a, b]\n: 3\n", "no such option"),
         ("null: 2\n", "None: no such option"),
         ("- memory_size\n", "must hold lines like"),
+        ("just text\n", "must hold lines like"),
         ("thr: *nothing\n", "not a YAML file of options"),
         ("thr: !!python/object/apply:os.system ['touch ran']\n", "thr: must be a number"),
         ("thr: &a [*a]\n", "options.yaml"),
-        ("[" * 2_000, "options.yaml"),
+        ("a: 1\n--- \nb: 2\n", "options.yaml"),
+        ("[" * 20_000, "options.yaml"),
         (b"\xff\xfe\x00\x01", "options.yaml"),
     ],
-    ids=range(14),
+    ids=range(19),
 )
 def test_odd_yaml_is_refused(script, text, named):
     status, error = in_yaml(script, text)
@@ -193,11 +199,42 @@ def test_yaml_scalars_are_the_words_of_the_command_line():
 # Any option, any value
 
 
+def wrong_words(option) -> st.SearchStrategy | None:
+    """Words that cannot be a value of the option."""
+    if option.kind not in (int, float) or option.words:
+        return st.sampled_from(["no such", "ALL", ""]) if option.choices else None
+    wrong = [st.sampled_from(("ten", "", " ", "0x10", "--", "1,5", "None", "true", "[1]", "\x00", "1\n2", "nan", "-inf"))]
+    if option.kind is int:
+        wrong.append(st.floats(allow_nan=False).filter(lambda x: "." in repr(x) or "e" in repr(x)).map(repr))
+    if option.low is not None:
+        wrong.append(st.integers(max_value=int(option.low) - 1).map(str))
+    if option.above is not None:
+        wrong.append(st.floats(max_value=option.above, allow_nan=False, allow_infinity=False).map(repr))
+    if option.high is not None:
+        wrong.append(st.integers(min_value=int(option.high) + 1).map(str))
+    return st.one_of(wrong)
+
+
+@scripts
+@many
+@hypothesis.given(draws=st.data())
+def test_wrong_values_exit_with_2_and_name_the_option(script, draws):
+    table = TABLES[script]
+    name = draws.draw(st.sampled_from(sorted(table)).filter(lambda name: wrong_words(table[name]) is not None))
+    word = draws.draw(wrong_words(table[name]))
+    status, error = draws.draw(st.sampled_from([
+        lambda: outcome(script, [f"--{name.replace('_', '-')}={word}"]),
+        lambda: in_yaml(script, yaml.safe_dump({name: word})),
+    ]))()  # fmt: skip
+    assert status == 2
+    assert re.search(rf"\b{name}\b", error)
+
+
 @scripts
 @many
 @hypothesis.given(draws=st.data())
 def test_any_command_line_and_any_yaml_file(script, draws):
-    option = st.sampled_from(NAMES[script])
+    option = st.sampled_from(sorted(TABLES[script]))
     scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates())
     word = st.one_of(option.map(lambda name: f"--{name}"), st.text(max_size=8), st.integers().map(str), st.floats().map(repr))
     words = draws.draw(st.lists(word, max_size=8))
