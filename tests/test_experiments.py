@@ -172,6 +172,12 @@ def test_the_table_is_that_of_the_raw_metrics(folder):
     assert (folder / "table.md").read_text(encoding="utf-8") == summarize.to_markdown(rows)
 
 
+def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_length():
+    assert runs.to_csv([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
+    run = runs.Result("group/run", {}, [], [], [{"sequence_length": "20", "accuracy": "50.0"}])
+    assert (summarize.accuracy_at(run, 10), summarize.accuracy_at(run, 20)) == (None, 50.0)
+
+
 def test_a_damaged_run_is_named(tmp_path):
     run = tmp_path / "group" / "run"
     run.mkdir(parents=True)
