@@ -73,6 +73,20 @@ def test_a_run_uses_the_code_that_was_proven_and_a_second_network_may_have_other
         torch.set_num_threads(threads)
 
 
+def test_nothing_but_the_batch_varies_in_the_code(monkeypatch):
+    """Sizes of a second network that are variables of its code break it, in the part of compilation that others leave out."""
+    variables = []
+
+    def record(graph, operands):
+        variables.append([x for x in operands if isinstance(x, torch.SymInt)])
+        return graph
+
+    monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend=record))
+    for neurons in (5, 7):
+        population(LIFNeuron(), torch.rand(3, 2, neurons), 5, compiled.through_time)
+    assert [len(sizes) for sizes in variables] == [1, 1]
+
+
 class Exhausted(NamedTuple):
     spikes: Tensor
     membrane: Tensor
