@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 import models
 from models import backends
 from models.dynamics import Dynamics
+from models.hebbian_memory import WritingLayer
 from models.memorizing_associations import reference
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
@@ -206,6 +207,19 @@ def test_hooks_of_a_layer_are_run_or_the_kernel_is_refused():
     assert all(torch.equal(rate, rates[name]) for name, rate in plain(*pairs()).rates.items())
     model.backend = "cpp"
     with pytest.raises(models.BackendError, match="does not run the hooks of WritingLayer"):
+        model(*pairs())
+
+
+class SilentWriting(WritingLayer):
+    def forward(self, *operands, **others):
+        memory, key, value = super().forward(*operands, **others)
+        return 0 * memory, key, value
+
+
+def test_a_kernel_does_not_stand_for_a_layer_that_computes_something_else():
+    model = models.build_model(SMALL, "cpp")
+    model.writing_layer.__class__ = SilentWriting
+    with pytest.raises(models.BackendError, match="does not know the layer SilentWriting"):
         model(*pairs())
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import time
 
 import golden
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import data
+from data.loader import prefetch
 
 FIELDS = [field.name for field in dataclasses.fields(data.Samples)]
 
@@ -25,6 +27,20 @@ def test_evaluation_sets_are_the_published_ones(split, length, classes):
             np.testing.assert_array_equal(array[:3], published[f"{prefix}first3/{name}"])
             digest.update(array.tobytes())
         assert digest.hexdigest() == str(published[f"{prefix}sha256"])
+
+
+def test_batches_come_in_order_and_few_are_made_ahead():
+    made, ranges = [], [(n, n + 1) for n in range(20)]
+
+    def make(start, stop):
+        made.append((start, stop))
+        return start, stop
+
+    batches = prefetch(make, ranges, workers=2, depth=3)
+    first = next(batches)
+    time.sleep(0.1)  # time enough to make all of them
+    assert len(made) <= 2 * 3 + 1
+    assert [first, *batches] == ranges
 
 
 def draw(start, stop, epoch=3, length=4, classes=7, features=5, seed=42):

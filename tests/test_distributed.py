@@ -53,6 +53,7 @@ class Started:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup has it ignored
         )
 
     def end(self, timeout: float = PATIENCE) -> tuple[int, str, str]:

@@ -44,6 +44,17 @@ def test_h_mem_is_the_published_variant_without_spikes():
         assert error <= 1e-9, f"{name} differs by {error:.3g}"
 
 
+def test_h_mem_may_add_outer_products_of_signed_keys_and_values():
+    torch.manual_seed(1)
+    samples = data.training_samples(0, 5, 0, 3, TINY["num_classes"], TINY["feature_size"], 1)
+    for rectified in (True, False):
+        model = models.build_model(TINY | {"network": "h_mem", "rule": "sum", "rectified": rectified})
+        activity = model(samples.features, samples.labels, samples.query, record=True).activity
+        outer_products = torch.einsum("blv,blk->bvk", activity["write_value"], activity["write_key"])
+        torch.testing.assert_close(activity["memory"], outer_products)
+        assert all(bool((activity[name] < 0).any()) != rectified for name in ("write_key", "write_value", "read_key"))
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_network_has_as_many_parameters_as_the_spiking_one(name):
     assert size(models.build_model({"network": name})) == pytest.approx(size(models.build_model({})), rel=0.1)
