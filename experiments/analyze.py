@@ -42,10 +42,12 @@ def main(argv=None) -> int:
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of tables and figure")
     args = parser.parse_args(argv)
     tables: dict[str, list[dict]] = {"position": [], "noise": [], "errors": [], "pause": [], "depression": []}
-    for path in args.networks:
-        network = {"network": path.name.removesuffix(".pth.tar")}
+    names = [path.name.removesuffix(".pth.tar") for path in args.networks]
+    if len(set(names)) < len(names):  # such as model_best of several runs
+        names = [f"{path.parent.name}/{name}" for path, name in zip(args.networks, names, strict=True)]
+    for name, path in zip(names, args.networks, strict=True):
         for table, row in analyse(path):
-            tables[table].append(network | row)
+            tables[table].append({"network": name} | row)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         (args.output_dir / f"{name}.csv").write_text(to_csv(rows), encoding="utf-8")

@@ -126,7 +126,7 @@ def draw(groups: dict[str, list[Result]], noise_rows: list[dict[str, str]]) -> F
             means.append(np.mean(found))
         steps.plot(means, marker=marker, ms=2.5, lw=0.6, color=BLACK, label=f"{length} pairs")
     steps.set_xticks(range(len(there)), [STEPS[group].replace(" ", "\n") for group in there])
-    steps.legend(loc="lower left")
+    steps.legend(loc="lower right")
     heading(lengths, "a", "Tested at other lengths (trained with 10 pairs)")
     heading(training, "b", "Training")
     heading(noise, "c", "Noise on the query, 10 pairs")
