@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import data
 import memorizing_associations_task as task
-from experiments import compare, export, summarize, sweep
+from experiments import analyze, compare, export, summarize, sweep
 from utils import checkpoints
 from utils import results as runs
 from utils.errors import UserError
@@ -210,3 +211,33 @@ def test_the_analyses_agree_with_each_other_and_with_the_table():
         assert row["accuracy"] in tested
         quiet = {"network": row["network"], "deviation": "0.0", "accuracy": row["accuracy"], "nearest": "100.0"}
         assert quiet in tables["noise"]
+
+
+def test_the_analysis_agrees_with_the_evaluation(tmp_path, monkeypatch, capsys):
+    """Two networks of one name: by position, without noise, and with the depression that they were trained with."""
+    monkeypatch.setattr(data, "TRAINING_SAMPLES", 200)
+    tiny = "--sequence_length 2 --num_classes 3 --num_time_steps 20 --embedding_size 10 --memory_size 10 --epochs 1"
+    best = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        constants = ["--gamma_neg", "0.1", "--thr", "0.03", "--batch_size", "100", "--seed", seed]
+        assert task.main([*tiny.split(), *constants, "--output_dir", str(folder)]) == 0
+        best.append(str(folder / checkpoints.BEST))
+        assert task.main(["--resume", best[-1], "--evaluate"]) == 0
+    accuracies = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " * Acc" in line]
+    assert analyze.main([*best, "--output_dir", str(tmp_path)]) == 0
+
+    def rows(table, network, **of):
+        found = csv.DictReader((tmp_path / f"{table}.csv").read_text().splitlines())
+        return [r for r in found if r["network"] == network and all(float(r[name]) == value for name, value in of.items())]
+
+    for network, accuracy in zip(("1/model_best", "2/model_best"), accuracies, strict=True):
+        positions = [(int(row["samples"]), float(row["accuracy"])) for row in rows("position", network)]
+        assert sum(samples for samples, _ in positions) == 2000
+        assert sum(samples * share for samples, share in positions) / 2000 == pytest.approx(accuracy, abs=0.01)
+        (errors,), (quiet,) = rows("errors", network), rows("noise", network, deviation=0)
+        (trained,) = rows("depression", network, gamma_neg=0.1)
+        assert float(errors["accuracy"]) == float(quiet["accuracy"]) == float(trained["accuracy"]) == accuracy
+        assert float(quiet["nearest"]) == 100
+        for table in ("noise", "depression"):
+            assert len({row["accuracy"] for row in rows(table, network)}) > 1
