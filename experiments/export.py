@@ -62,7 +62,7 @@ def main(argv=None) -> int:
 
 
 def export(source: Path, target: Path) -> None:
-    checkpoints.save(target, checkpoints.load(source) | {"optimizer": None})
+    checkpoints.save(target, checkpoints.load(source) | {"optimizer": None, "log_dir": ""})  # no folder of the machine it ran on
 
 
 # The published program's options, in its order; `distributed` is what it makes of them.
