@@ -62,7 +62,8 @@ def main(argv=None) -> int:
 
 
 def export(source: Path, target: Path) -> None:
-    checkpoints.save(target, checkpoints.load(source) | {"optimizer": None, "log_dir": ""})  # no folder of the machine it ran on
+    """Without the state of the optimizer, and without the folder of the machine that it was trained on."""
+    checkpoints.save(target, checkpoints.load(source) | {"optimizer": None, "log_dir": ""})
 
 
 # The published program's options, in its order; `distributed` is what it makes of them.

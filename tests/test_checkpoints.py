@@ -253,9 +253,10 @@ def test_networks_without_adam_are_read_all_the_same(kind, tmp_path):
     assert checkpoint["epoch"] == (0 if kind == "stripped" else 2)
 
 
-def test_an_exported_network_is_without_adam(ours, tmp_path):
+def test_an_exported_network_is_without_adam_and_the_folder_it_was_made_in(ours, tmp_path):
     export.export(ours, tmp_path / "network.pth.tar")
-    assert checkpoints.load(tmp_path / "network.pth.tar")["optimizer"] is None
+    exported = checkpoints.load(tmp_path / "network.pth.tar")
+    assert (exported["optimizer"], exported["log_dir"]) == (None, "")
     optimizer = {"state": {}, "param_groups": checkpoints.load(ours)["optimizer"]["param_groups"]}  # as in earlier exports
     checkpoints.save(tmp_path / "network.pth.tar", checkpoints.load(ours) | {"optimizer": optimizer})
     assert checkpoints.load(tmp_path / "network.pth.tar")["optimizer"] is None
