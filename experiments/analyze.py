@@ -13,6 +13,7 @@ depression  another gamma_neg at the test alone; the weights stay as they were t
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,19 +42,24 @@ def main(argv=None) -> int:
     parser.add_argument("networks", type=Path, nargs="+", metavar="CHECKPOINT", help="trained networks")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of tables and figure")
     args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[dict]] = {"position": [], "noise": [], "errors": [], "pause": [], "depression": []}
-    names = [path.name.removesuffix(".pth.tar") for path in args.networks]
-    if len(set(names)) < len(names):  # such as model_best of several runs
-        names = [f"{path.parent.name}/{name}" for path, name in zip(args.networks, names, strict=True)]
-    for name, path in zip(names, args.networks, strict=True):
+    for name, path in named(args.networks).items():
         for table, row in analyse(path):
             tables[table].append({"network": name} | row)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         (args.output_dir / f"{name}.csv").write_text(to_csv(rows), encoding="utf-8")
     save(draw(tables), args.output_dir / "memory.png")
     print(to_csv(tables["errors"]), end="")
     return 0
+
+
+def named(paths: list[Path]) -> dict[str, Path]:
+    """The networks by the names of their files; by their paths from a common folder where two files have one name."""
+    paths = list(dict.fromkeys(path.absolute() for path in paths))
+    several = len({path.name for path in paths}) < len(paths)
+    base = Path(os.path.commonpath(paths)) if several else None
+    return {(path.relative_to(base).as_posix() if several else path.name).removesuffix(".pth.tar"): path for path in paths}
 
 
 @torch.no_grad()

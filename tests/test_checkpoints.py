@@ -254,7 +254,8 @@ def test_networks_without_adam_are_read_all_the_same(kind, tmp_path):
 
 
 def test_an_exported_network_is_without_adam_and_the_folder_it_was_made_in(ours, tmp_path):
-    export.export(ours, tmp_path / "network.pth.tar")
+    checkpoints.save(tmp_path / "run.pth.tar", checkpoints.load(ours) | {"log_dir": "/home/somebody/run"})
+    export.export(tmp_path / "run.pth.tar", tmp_path / "network.pth.tar")
     exported = checkpoints.load(tmp_path / "network.pth.tar")
     assert (exported["optimizer"], exported["log_dir"]) == (None, "")
     optimizer = {"state": {}, "param_groups": checkpoints.load(ours)["optimizer"]["param_groups"]}  # as in earlier exports

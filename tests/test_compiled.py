@@ -74,17 +74,17 @@ def test_a_run_uses_the_code_that_was_proven_and_a_second_network_may_have_other
 
 
 def test_nothing_but_the_batch_varies_in_the_code(monkeypatch):
-    """Sizes of a second network that are variables of its code break it, in the part of compilation that others leave out."""
-    variables = []
+    """Sizes or constants of a second network that are variables of its code break it, in steps of compilation not done here."""
+    codes = []
 
     def record(graph, operands):
-        variables.append([x for x in operands if isinstance(x, torch.SymInt)])
+        codes.append([type(x) for x in operands])
         return graph
 
     monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend=record))
-    for neurons in (5, 7):
-        population(LIFNeuron(), torch.rand(3, 2, neurons), 5, compiled.through_time)
-    assert [len(sizes) for sizes in variables] == [1, 1]
+    for neurons, constants in ((5, {}), (7, {}), (7, {"thr": 0.2, "tau_mem": 15.0}), (7, {"refractory_time_steps": 1})):
+        population(LIFNeuron(**constants), torch.rand(3, 2, neurons), 5, compiled.through_time)
+    assert codes == 4 * [[torch.SymInt] + 4 * [Tensor]]
 
 
 class Exhausted(NamedTuple):

@@ -46,6 +46,7 @@ class Started:
         self.mark = f"TEST_MARK={uuid.uuid4()}"
         name, value = self.mark.split("=")
         environment = os.environ | {"OMP_NUM_THREADS": "2", name: value} | environment
+        handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and what a process starts would, too
         self.process = subprocess.Popen(
             [*prefix, *(() if prefix == TORCHRUN else (sys.executable,)), SMALL_TASK, *words],
             env=environment,
@@ -53,8 +54,8 @@ class Started:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup has it ignored
         )
+        signal.signal(signal.SIGHUP, handler)
 
     def end(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
         """Its exit status, stdout and stderr. No process may be left behind."""

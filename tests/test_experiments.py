@@ -213,6 +213,13 @@ def test_the_analyses_agree_with_each_other_and_with_the_table():
         assert quiet in tables["noise"]
 
 
+def test_networks_are_analysed_once_each_under_a_name_of_their_own():
+    a, b, other = Path("runs/a/model_best.pth.tar"), Path("runs/b/model_best.pth.tar"), Path("runs/b/other.pth.tar")
+    assert list(analyze.named([a, a])) == ["model_best"]
+    assert list(analyze.named([a, other])) == ["model_best", "other"]
+    assert list(analyze.named([a, b, a, other])) == ["a/model_best", "b/model_best", "b/other"]
+
+
 def test_the_analysis_agrees_with_the_evaluation(tmp_path, monkeypatch, capsys):
     """Two networks of one name: by position, without noise, and with the depression that they were trained with."""
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 200)
@@ -225,7 +232,7 @@ def test_the_analysis_agrees_with_the_evaluation(tmp_path, monkeypatch, capsys):
         best.append(str(folder / checkpoints.BEST))
         assert task.main(["--resume", best[-1], "--evaluate"]) == 0
     accuracies = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " * Acc" in line]
-    assert analyze.main([*best, "--output_dir", str(tmp_path)]) == 0
+    assert analyze.main([*best, best[0], "--output_dir", str(tmp_path)]) == 0
 
     def rows(table, network, **of):
         found = csv.DictReader((tmp_path / f"{table}.csv").read_text().splitlines())

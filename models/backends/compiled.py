@@ -24,13 +24,7 @@ def through_time(step: plain.Step, state, *inputs: Tensor, recompute_every: int 
 # Every network, constant and precision of a process adds code for each of its steps, and 8 are allowed by default. A constant
 # or a size that a second network has at another value would become a variable of the code, which fails then: in the
 # surrogate's autograd.Function, or by the strides that it expects.
-@torch._dynamo.config.patch(
-    recompile_limit=256,
-    accumulated_recompile_limit=1024,
-    specialize_float=True,
-    specialize_int=True,
-    automatic_dynamic_shapes=False,
-)
+@torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024, automatic_dynamic_shapes=False)
 def _run_blocks(step: plain.Step, state, *inputs: Tensor):
     """All blocks look alike to `torch.compile`, so that it compiles one of them: whether or not it starts from rest."""
     held = [x for x in (cell.cell_contents for cell in step.__closure__ or ()) if isinstance(x, Tensor)]
