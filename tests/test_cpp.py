@@ -171,6 +171,7 @@ SMALL = {"length": 2, "batch": 4, "num_classes": 5, "feature_size": 5, "num_time
         {"thr": 0.05, "w_max": 1e6, "gamma_pos": 0.3 / 1e6},
         {"thr": 0.05 * 20 / 1e8, "tau_mem": 1e8},
         {"thr": 0.05, "tau_trace": 1e8, "gamma_pos": 1e5, "gamma_neg": 1e5},
+        {"tau_trace": 0.5, "gamma_pos": 1.0},  # traces that decay to nothing between spikes
     ],
 )
 def test_extreme_constants_keep_the_precision_of_float32(constants):
