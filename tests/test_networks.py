@@ -62,7 +62,7 @@ def test_a_network_has_as_many_parameters_as_the_spiking_one(name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_network_recalls_from_what_it_was_shown(name):
-    """Another label of the pair that is asked for changes the answer, and every parameter takes part."""
+    """Another label of the pair that is asked for changes the answer, so does another query, and every parameter takes part."""
     torch.manual_seed(1)
     model = models.build_model(TINY | {"network": name, "thr": 0.01})
     samples = data.training_samples(0, 20, 0, 3, TINY["num_classes"], TINY["feature_size"], 1)
@@ -71,8 +71,10 @@ def test_a_network_recalls_from_what_it_was_shown(name):
     cross_entropy(output.logits, samples.answer).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
     asked = (samples.labels == samples.answer.unsqueeze(1)).long()
-    other = model(samples.features, (samples.labels + asked) % TINY["num_classes"], samples.query)
-    assert (other.logits - output.logits).abs().max() > 1e-6
+    relabelled = model(samples.features, (samples.labels + asked) % TINY["num_classes"], samples.query)
+    requeried = model(samples.features, samples.labels, samples.query.roll(1, 0))
+    for other in (relabelled, requeried):
+        assert (other.logits - output.logits).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("name", OTHERS)
