@@ -41,7 +41,7 @@ from utils.errors import UserError
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, TASK_GROUPS, TRAINING, Options, Parser
 from utils.results import COMMANDS
-from utils.run import METRICS, OPTIONS, TABLE
+from utils.run import METRICS, OPTIONS, TABLE, commit
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "memorizing_associations_task.py"
@@ -374,15 +374,6 @@ def hold(folder: Path) -> IO | None:
     except OSError:
         pass  # no locks on this file system: the task script warns, and one sweep alone works
     return lock
-
-
-def commit() -> str:
-    """The commit of the program, marked where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=10", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown commit"
 
 
 def shown(command: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The other networks: what they compute, how large they are, that they learn, and that all of the task script serves them."""
 
+import math
 import os
 import signal
 
@@ -119,6 +120,10 @@ def test_a_neuron_that_fires_raises_its_threshold():
             fired += neurons.spikes.sum().item()
         spikes.append(fired)
     assert spikes[0] == spikes[1] > 2 * spikes[2] > 0
+    silent = adaptive.neuron.step(-100 * current[:, 0], neurons)
+    later = adaptive.neuron.step(-100 * current[:, 0], silent)
+    assert not silent.spikes.any() and silent.adaptation.all()
+    torch.testing.assert_close(later.adaptation, math.exp(-1 / 20) * silent.adaptation)
 
 
 def test_linear_attention_learns():
