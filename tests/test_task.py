@@ -356,6 +356,11 @@ def test_published_checkpoint_resumes_and_keeps_its_best_accuracy(capsys, tmp_pa
     assert steps == {2 * 18}
 
 
+def test_of_a_run_the_best_network_is_evaluated(undisturbed, capsys):
+    assert task.main(["--evaluate", "--resume", str(undisturbed)]) == 0
+    assert f"{undisturbed / checkpoints.BEST}, after " in capsys.readouterr().out
+
+
 def test_a_table_beside_each_checkpoint_or_where_it_is_asked_for(undisturbed, tmp_path, capsys):
     words = ["--resume", undisturbed / checkpoints.BEST, "--sequence_length", "1-2", 3]
     evaluate(capsys, *words)
