@@ -81,6 +81,7 @@ def test_a_network_recalls_from_what_it_was_shown(name):
 
 @pytest.mark.parametrize("name", ["recurrent_lif", "adaptive_lif"])
 def test_rates_are_spikes_per_second(name):
+    torch.manual_seed(1)
     model = models.build_model(TINY | {"network": name, "thr": 0.01})
     samples = data.training_samples(0, 20, 0, 3, TINY["num_classes"], TINY["feature_size"], 1)
     output = model(samples.features, samples.labels, samples.query, record=True)
