@@ -313,7 +313,8 @@ class Sweep:
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with open(job.folder / LOG, "a") as log, open(job.folder / COMMANDS, "a") as record:
-            record.write(f"{self.commit}: {shown(command)}\n")
+            # The number of threads decides the last digits.
+            record.write(f"{self.commit}: OMP_NUM_THREADS={self.threads} {shown(command)}\n")
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
             return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], **quiet)
 

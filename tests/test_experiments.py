@@ -91,6 +91,7 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
         assert status == 1
         assert "1 of 2 runs done, 1 failed" in output and f"{damaged / checkpoints.LAST}: " in output
     assert ["--evaluate" in line for line in lines(whole / "command.txt")] == [False, True]
+    assert all(": OMP_NUM_THREADS=1 python memorizing_associations_task.py " in line for line in lines(whole / "command.txt"))
     assert len(lines(whole / "metrics.jsonl")) == 1
     assert sum("backend reference" in line for line in lines(whole / "log.txt")) == 2, "trained and tested with its backend"
     (tested,) = csv.DictReader(lines(whole / "accuracy_by_length.csv"))
