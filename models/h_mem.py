@@ -10,6 +10,7 @@ from torch.nn.functional import relu
 
 from models.hebbian_memory import XAVIER_GAIN
 from models.memorizing_associations import EmbeddingLayer, Output
+from models.operands import check_operands
 from models.plasticity import HebbianRule
 
 RULES = ("hebbian", "sum")
@@ -58,6 +59,7 @@ class HMem(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, query: Tensor, record: bool = False) -> Output:
         """As `MemorizingAssociations.forward`; there are no rates."""
+        check_operands(self, features, labels, query)
         vectors, asked = relu(self.input_layer(features)), relu(self.input_layer(query))
         names = relu(self.embedding_layer(labels))
         keys, values = self.activation(self.writing_layer(torch.cat([vectors, names], -1))).chunk(2, -1)

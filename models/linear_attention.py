@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from models.memorizing_associations import Output
+from models.operands import check_operands
 
 
 class LinearAttention(nn.Module):
@@ -25,6 +26,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, query: Tensor, record: bool = False) -> Output:
         """As `MemorizingAssociations.forward`; there are no rates."""
+        check_operands(self, features, labels, query)
         vectors, asked = silu(self.input_layer(features)), silu(self.input_layer(query))
         memory = self.store(vectors, self.value(self.embedding_layer(labels)))
         read_value = (memory @ self.read_key(asked).unsqueeze(-1)).squeeze(-1)

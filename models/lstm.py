@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.memorizing_associations import Output
+from models.operands import check_operands
 
 
 class LSTM(nn.Module):
@@ -22,6 +23,7 @@ class LSTM(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, query: Tensor, record: bool = False) -> Output:
         """As `MemorizingAssociations.forward`; there are no rates, and `record` adds nothing."""
+        check_operands(self, features, labels, query)
         pairs = self.input_layer(features) + self.embedding_layer(labels)
         unknown = labels.new_full((len(labels),), self.embedding_layer.num_embeddings - 1)
         asked = self.input_layer(query) + self.embedding_layer(unknown)

@@ -18,6 +18,7 @@ from models.constants import check_bounds, constant
 from models.dynamics import POPULATIONS, Dynamics
 from models.hebbian_memory import XAVIER_GAIN, ReadingLayer, WritingLayer
 from models.neurons import LIFNeuron, population
+from models.operands import check_operands
 from models.plasticity import HebbianRule
 from models.through_time import through_time
 
@@ -86,7 +87,9 @@ class MemorizingAssociations(nn.Module):
             ValueError: the arguments do not belong together or to this network.
             models.BackendError: the backend asked for by name cannot run this network here.
         """
-        self._check(features, labels, query)
+        check_operands(self, features, labels, query)
+        if torch.is_autocast_enabled(features.device.type) and not torch.compiler.is_compiling():
+            warnings.warn("the network computes in float32 in spite of autocast: spikes need its precision", stacklevel=2)
         with torch.autocast(features.device.type, enabled=False):
             currents = self.encoding_currents(features, labels, query)
             readout, spike_counts, activity = self.program(features.device.type)(*currents, record=record)
@@ -163,40 +166,6 @@ class MemorizingAssociations(nn.Module):
             return functools.partial(self.store_and_recall, loop=program)
         weights = {"write_weight": self.writing_layer.W, "read_weight": self.reading_layer.W}
         return functools.partial(program, **weights, dynamics=self.dynamics)
-
-    def _check(self, features: Tensor, labels: Tensor, query: Tensor) -> None:
-        """One check of the operands for all backends: kernels read and write by these shapes and types."""
-        dtype, device = self.output_layer.weight.dtype, self.output_layer.weight.device
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"the network's weights are {dtype}; it computes in float32 or float64: use model.float()")
-        for name, weight in self.named_parameters():
-            if weight.dtype != dtype or weight.device != device:
-                raise ValueError(f"{name} is {weight.dtype} on {weight.device}, output_layer.weight {dtype} on {device}; "
-                                 "convert the whole network: model.to(...)")  # fmt: skip
-        for name, x, wanted in (("features", features, "B x L x F"), ("labels", labels, "B x L"), ("query", query, "B x F")):
-            if x.dim() != wanted.count("x") + 1:
-                raise ValueError(f"{name} must be of shape {wanted}, not {tuple(x.shape)}")
-            if x.device != device:
-                raise ValueError(f"{name} is on {x.device}, the network on {device}; move it: {name}.to(...)")
-            if name != "labels" and x.dtype != dtype:
-                raise ValueError(f"{name} must be {dtype} as the network's weights are, not {x.dtype}")
-        (batch, pairs, size), F = features.shape, self.sizes.feature_size
-        if size != F or query.shape[1] != F:
-            raise ValueError(f"features and query must end in feature_size {F}, not {size} and {query.shape[1]}")
-        if pairs == 0:
-            raise ValueError("features must hold at least one pair, not 0")
-        if tuple(labels.shape) != (batch, pairs):
-            raise ValueError(f"labels must be of shape {(batch, pairs)} as features has it, not {tuple(labels.shape)}")
-        if query.shape[0] != batch:
-            raise ValueError(f"query must be of batch size {batch} as features is, not {query.shape[0]}")
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64, not {labels.dtype}")
-        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():  # elsewhere this would wait
-            low, high = labels.aminmax()
-            if low < 0 or high >= self.sizes.num_classes:
-                raise ValueError(f"labels must be 0 to {self.sizes.num_classes - 1}, not {int(low)} to {int(high)}")
-        if torch.is_autocast_enabled(device.type) and not torch.compiler.is_compiling():
-            warnings.warn("the network computes in float32 in spite of autocast: spikes need its precision", stacklevel=3)
 
     def _rates(self, spike_counts: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         duration = self.dynamics.num_time_steps * SECONDS_PER_STEP

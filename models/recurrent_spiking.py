@@ -16,6 +16,7 @@ from models.constants import constant
 from models.hebbian_memory import RECOMPUTE_EVERY, XAVIER_GAIN
 from models.memorizing_associations import SECONDS_PER_STEP, Output
 from models.neurons import LIFNeuron, Spike
+from models.operands import check_operands
 from models.through_time import through_time
 
 
@@ -81,6 +82,7 @@ class RecurrentLIF(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, query: Tensor, record: bool = False) -> Output:
         """As `MemorizingAssociations.forward`; `record` adds the spikes of both populations."""
+        check_operands(self, features, labels, query)
         pairs = self.input_layer(features) + self.embedding_layer(labels)
         state = (self.recurrent_weight, self.neuron.initial_state(pairs[:, 0]))
         counts, spikes = 0, []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.memorizing_associations import Output
+from models.operands import check_operands
 
 
 class Transformer(nn.Module):
@@ -32,6 +33,7 @@ class Transformer(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, query: Tensor, record: bool = False) -> Output:
         """As `MemorizingAssociations.forward`; there are no rates, and `record` adds nothing."""
+        check_operands(self, features, labels, query)
         tokens = self.input_layer(features) + self.embedding_layer(labels)
         if self.positions:
             tokens = tokens + sinusoids(tokens.shape[1], tokens.shape[2]).to(tokens)

@@ -70,7 +70,8 @@ MISUSES = {
     "a negative label": (lambda m, f, c, q: m(f, c - 1, q), "labels must be 0 to 9, not -1 to 4"),
     "labels of another type": (lambda m, f, c, q: m(f, c.int(), q), "labels must be int64"),
     "inputs in float64": (lambda m, f, c, q: m(f.double(), c, q.double()), "features must be torch.float32"),
-    "some weights in float64": (lambda m, f, c, q: (m.writing_layer.double(), m(f, c, q)), "writing_layer.W is torch.float64"),
+    "some weights in float64": (lambda m, f, c, q: (m.input_layer.double(), m(f, c, q)), "input_layer.weight is torch.float64"),
+    "writing in float64": (lambda m, f, c, q: (m.writing_layer.double(), m(f, c, q)), "writing_layer.W is torch.float64"),
     "weights in bfloat16": (lambda m, f, c, q: m.bfloat16()(f.bfloat16(), c, q.bfloat16()), "float32 or float64"),
     "inputs elsewhere": (lambda m, f, c, q: m(f.to("meta"), c, q), "features is on meta, the network on cpu"),
 }
@@ -83,6 +84,15 @@ def test_operands_that_do_not_belong_together_are_refused_by_name(name, backend)
     call, message = MISUSES[name]
     with pytest.raises(ValueError, match=message):
         call(models.build_model(SMALL, backend), *pairs())
+
+
+@pytest.mark.parametrize("network", models.NETWORKS)
+def test_every_network_refuses_them(network):
+    """PyTorch alone would broadcast one query to all samples, and take the mark of the query for a label."""
+    for name in MISUSES.keys() - {"writing in float64"}:  # not every network has that layer
+        call, message = MISUSES[name]
+        with pytest.raises(ValueError, match=message):
+            call(models.build_model(SMALL | {"network": network}), *pairs())
 
 
 def test_autocast_is_computed_in_float32_with_a_note():

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 import data
 import memorizing_associations_task as task
 import models
-from utils import checkpoints, distributed, progress
+from utils import checkpoints, distributed, progress, run
 from utils.metrics import EpochMetrics, read_metrics
 from utils.options import TASK_GROUPS, Parser
 from utils.run import find_folder
@@ -442,6 +442,20 @@ def test_the_record_says_what_changed_and_when(tmp_path, stub, capsys):
     assert re.match(r"# started [-\d]+ [:\d]+ in epoch 1 .* cpp on cpu.*host .*commit .*Python 3.*PyTorch", started)
     assert command == f"#   {shlex.join(['python', *sys.argv])}"
     assert "in epoch 3" in resumed and "learning_rate 0.01 (checkpoint: 0.003)" in resumed
+
+
+def test_the_commit_is_marked_where_files_differ_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "program.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert run.commit() == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    (tmp_path / "program.py").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"]):
+        subprocess.run([*git, *words], check=True)
+    clean = run.commit()
+    assert re.fullmatch("[0-9a-f]{10}", clean)
+    (tmp_path / "program.py").write_text("2")
+    assert run.commit() == f"{clean}+changes"
 
 
 def test_a_finished_run_says_so_and_keeps_its_record(undisturbed, capsys):
