@@ -231,3 +231,12 @@ def test_a_trace_that_has_decayed_still_has_a_gradient():
     expected, ours = (outcome(*operands(options, torch.float64), backend) for backend in ("reference", "cpp"))
     for name, value in expected.items():
         assert (ours[name] - value).norm() <= 1e-10 * value.norm(), name
+
+
+def test_what_memory_held_before_does_not_matter():
+    """A product of zero and what stands in memory that nobody has written is not zero where that is not a number."""
+    model, inputs = operands(SMALL | {"memory_size": 9}, torch.float32)  # fewer values than encoding neurons
+    for _ in range(40):
+        for size in (300, 3000, 30_000):
+            [torch.full((size,), float("nan")) for _ in range(20)]  # and freed
+        assert not any(tensor.isnan().any() for tensor in outcome(model, inputs, "cpp").values())

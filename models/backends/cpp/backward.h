@@ -115,7 +115,7 @@ private:
         std::fill_n(kappa_adjoint.at(CHUNK * Mp), Mp, T(0));
         from_memory.resize(CHUNK * Mp);
         key_terms.resize(CHUNK * Mp * LANES<T>);
-        dz.resize(std::max(Mp, 2 * Ep));
+        dz.zeros(std::max(Mp, 2 * Ep));  // what is not set is multiplied by a surrogate derivative of zero
         dv.zeros(2 * Mp);
         encoder_dv.zeros(6 * Ep);
         near_steps.resize(Mp);
