@@ -23,11 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import models
 from data.loader import prefetch
-from models import BackendError
 from utils import checkpoints, distributed, launch
 from utils.device import choose_backend, choose_device
 from utils.distributed import print_rank0
-from utils.errors import UsageError, UserError, not_finite, out_of_memory_in_one_line, outlive_output, warn_in_one_line
+from utils.errors import in_one_line, not_finite, out_of_memory_in_one_line
 from utils.interruption import Interruption
 from utils.metrics import EpochMetrics, TensorBoard
 from utils.options import CURRICULUM, RECORDED, TASK_GROUPS, Options, Parser
@@ -35,33 +34,21 @@ from utils.progress import Progress, epoch_line, report_silence, report_start
 from utils.run import Run, find_checkpoint, find_folder, save_table
 
 
+@in_one_line
 def main(argv=None) -> int:
-    parser = Parser(__doc__.splitlines()[0], TASK_GROUPS)
-    options = parser.parse(argv)
-    warn_in_one_line()
-    outlive_output()
-    try:
-        ranks = launch.find_ranks(options)
-        leads = ranks is None or ranks.leads  # other nodes get the options and the checkpoint from the first
-        checkpoint = find_checkpoint(options) if leads else None
-        if error := options.combination_error():
-            raise UsageError(error)
-        if options["print_options"]:
-            print(options.to_yaml(), end="")
-            return 0
-        if options["evaluate"]:
-            return launch.run(evaluate_checkpoint, ranks, options, checkpoint)
-        with find_folder(options, checkpoint, leads) as folder:
-            options.values["output_dir"] = str(folder)
-            return launch.run(train, ranks, options, checkpoint)
-    except UsageError as error:
-        parser.error(str(error))
-    except (UserError, BackendError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # outside a training, which saves first
-        print("interrupted", file=sys.stderr)
-        return 130
+    options = Parser(__doc__.splitlines()[0], TASK_GROUPS).parse(argv)
+    ranks = launch.find_ranks(options)
+    leads = ranks is None or ranks.leads  # other nodes get the options and the checkpoint from the first
+    checkpoint = find_checkpoint(options) if leads else None
+    options.check_combination()
+    if options["print_options"]:
+        print(options.to_yaml(), end="")
+        return 0
+    if options["evaluate"]:
+        return launch.run(evaluate_checkpoint, ranks, options, checkpoint)
+    with find_folder(options, checkpoint, leads) as folder:
+        options.values["output_dir"] = str(folder)
+        return launch.run(train, ranks, options, checkpoint)
 
 
 def prepare(options: Options, checkpoint: dict | None) -> tuple[torch.nn.Module, torch.device]:
@@ -238,7 +225,7 @@ def train_step(
     gradients = {name.removeprefix("module."): weight.grad for name, weight in network.named_parameters()}
     norm = torch.nn.utils.get_total_norm(list(gradients.values()))
     # The one point where a step waits for the device:
-    if distributed.all_reduce_sum((~torch.isfinite(loss + norm)).float()) > 0:
+    if distributed.all_reduce((~torch.isfinite(loss + norm)).float()) > 0:
         tensors = {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in gradients.items()}
         broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         raise not_finite(where, ", ".join(broken) or "norm of the gradient, or a tensor of another process", options)
@@ -274,7 +261,7 @@ def evaluate(model, samples: data.Samples, options: Options, device: torch.devic
             logits = model(batch.features, batch.labels, batch.query).logits
         correct = (logits.argmax(1) == batch.answer).sum()
         sums += torch.stack([cross_entropy(logits, batch.answer, reduction="sum").double(), correct.double()])
-    loss, correct = distributed.all_reduce_sum(sums).tolist()
+    loss, correct = distributed.all_reduce(sums).tolist()
     few = samples[:4].to(device)  # a memory that diverges silences the neurons that read it, and the loss stays finite
     memory = (model(few.features, few.labels, few.query, record=True).activity or {}).get("memory", few.features)
     if not (math.isfinite(loss) and torch.isfinite(memory).all()):

@@ -19,7 +19,7 @@ import torch
 import data
 import models
 from utils import checkpoints, figures, results
-from utils.errors import UsageError, UserError, outlive_output, warn_in_one_line
+from utils.errors import UsageError, UserError, in_one_line
 from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
 
 # Figure -> the option that names what it is drawn from. The animation takes its time: it is drawn when asked for by name.
@@ -80,26 +80,10 @@ GROUPS = {
 }  # fmt: skip
 
 
-def main(argv=None) -> int:
-    warn_in_one_line()
-    outlive_output()
-    parser = Parser(__doc__.splitlines()[0], GROUPS)
-    options = parser.parse(argv)
-    try:
-        plot(options)
-    except UsageError as error:
-        parser.error(str(error))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def plot(options: Options) -> None:
+@in_one_line
+def main(argv=None) -> None:
     """Everything that happens, in order. What is wrong with the input is reported before anything is computed."""
+    options = Parser(__doc__.splitlines()[0], GROUPS).parse(argv)
     if options["checkpoint_path"] and (best := Path(options["checkpoint_path"], checkpoints.BEST)).exists():  # a run's folder
         options.values["checkpoint_path"] = str(best)
     available = [name for name, option in SOURCE.items() if options[option]]
@@ -161,8 +145,7 @@ def adopt_checkpoint(options: Options, checkpoint: Mapping[str, Any]) -> None:
         )
     if len(options.all_lengths) > 1:
         raise UsageError("--sequence_length: one length can be drawn at a time")
-    if error := options.combination_error():
-        raise UsageError(error)
+    options.check_combination()
     if options["network"] != models.networks.DEFAULT:
         path, network = options["checkpoint_path"], options["network"]
         raise UserError(f"{path}: of the network {network}; only {models.networks.DEFAULT} has the spikes and memory to draw")

@@ -206,16 +206,8 @@ def reference_speed(_) -> Iterator[Row]:
 
 def script(seconds: int, *arguments) -> int:
     """Exit status of a script of the root, which is interrupted, so that it saves, after some time."""
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-    try:
-        return process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    limit = ["timeout", "--preserve-status", "--kill-after=20", str(seconds)]
+    return subprocess.run([*limit, sys.executable, *map(str, arguments)], cwd=ROOT).returncode
 
 
 def training(folder: Path) -> Iterator[Row]:
@@ -225,27 +217,16 @@ def training(folder: Path) -> Iterator[Row]:
     backend = ["--device", DEVICE, "--backend", "cpp" if DRY else "triton"]  # in the interpreter an epoch would take hours
     options = ["--curriculum_start", "2", "--seed", "1", "--epochs", "250"]
     if DRY:
-        tiny = {
-            "sequence_length": 2,
-            "num_classes": 2,
-            "num_time_steps": 10,
-            "embedding_size": 4,
-            "memory_size": 4,
-            "epochs": 2,
-        }
-        options += [word for name, value in tiny.items() for word in (f"--{name}", str(value))]
+        tiny = "--sequence_length 2 --num_classes 2 --num_time_steps 10 --embedding_size 4 --memory_size 4 --epochs 2"
+        options += tiny.split()
     start = time.monotonic()
     status = script(120, "memorizing_associations_task.py", *backend, *options, "--output_dir", run)
     seconds = f"{time.monotonic() - start:.0f}"
     yield "training: exit status, seconds", f"{status}, {seconds}", "0 (143: stopped for time)"
     history = [json.loads(line)["validation_accuracy"] for line in (run / METRICS).read_text().splitlines()]
     yield "training: epochs, best validation accuracy", f"{len(history)}, {max(history):.1f} %", "> 95 %"
-    best = run / checkpoints.BEST
-    yield (
-        "test of the best network: exit status",
-        f"{script(60, 'memorizing_associations_task.py', '--resume', best, '--evaluate')}",
-        "0",
-    )
+    status = script(60, "memorizing_associations_task.py", "--resume", run / checkpoints.BEST, "--evaluate")
+    yield "test of the best network: exit status", f"{status}", "0"
     curve = ["plot_memorizing_associations_task.py", "--metrics", run / METRICS, "--output", folder / "training.png"]
     yield "training curve: exit status", f"{script(60, *curve)}", "0"
 

@@ -121,7 +121,7 @@ def measure(rank: int, case: dict, port: int | None) -> None:
 
     def exchange() -> None:
         for values in (rates, weights, weights[0]):
-            distributed.all_reduce_sum(values)
+            distributed.all_reduce(values)
         distributed.all_reduce_max(0)
 
     timed = {"step": training.step, "exchange": exchange} | ({"product": lambda: square @ square} if rank == 0 else {})

@@ -17,7 +17,7 @@ import torch
 
 from experiments.summarize import summary
 from utils import checkpoints
-from utils.errors import UserError, in_one_line, warn_in_one_line
+from utils.errors import UserError, in_one_line
 from utils.options import MODEL, TASK_GROUPS
 from utils.results import Result, read_results
 
@@ -34,7 +34,6 @@ python memorizing_associations_task.py --resume pretrained/{example} --evaluate
 
 @in_one_line
 def main(argv=None) -> int:
-    warn_in_one_line()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="?", metavar="FOLDER", help="--output_dir of a sweep")
     parser.add_argument("names", nargs="*", metavar="GROUP/RUN", help="the runs to keep the networks of")

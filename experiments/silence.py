@@ -26,6 +26,7 @@ from tqdm import tqdm
 import data
 import memorizing_associations_task as task
 import models
+from utils.errors import in_one_line
 from utils.figures import save
 from utils.figures.style import GREY, SERIES, TWO_COLUMNS, heading, new_figure, styled
 from utils.options import CURRICULUM, TASK_GROUPS, Options, Parser
@@ -33,13 +34,14 @@ from utils.options import CURRICULUM, TASK_GROUPS, Options, Parser
 READING = ("read_key", "read_value")
 
 
-def main() -> int:
+@in_one_line
+def main(argv=None) -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     arguments.add_argument("--output", type=Path, required=True, help="table to write, or figure with --draw")
     arguments.add_argument("--draw", type=Path, nargs="+", metavar="TABLE.csv", help="draw these tables and train nothing")
     arguments.epilog = "All other options are those of memorizing_associations_task.py; --epochs is 2 by default."
     arguments.add_argument("--decode", action="store_true", help="train nothing; decode the answer from the initial readout")
-    args, others = arguments.parse_known_args()
+    args, others = arguments.parse_known_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.draw:
         save(draw(args.draw), args.output)

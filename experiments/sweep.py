@@ -20,7 +20,7 @@ accuracy).
 
 import argparse
 import csv
-import fcntl
+import functools
 import itertools
 import os
 import shlex
@@ -37,48 +37,41 @@ import torch
 import yaml
 
 from utils import checkpoints
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.interruption import Interruption
 from utils.options import CURRICULUM, MODEL, TASK_GROUPS, TRAINING, Options, Parser
 from utils.results import COMMANDS
 from utils.run import METRICS, OPTIONS, TABLE, commit
+from utils.run import lock as hold
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "memorizing_associations_task.py"
 LOG, LOCK = "log.txt", ".sweep.lock"
 POLL_SECONDS = 0.5
+say = functools.partial(print, flush=True)
 _NOT_TO_SET = {"resume", "evaluate", "print_options", "output_dir", "gpu", "multiprocessing_distributed", "start_epoch"}
 _DEFAULTS = {option.name: option.default for options in TASK_GROUPS.values() for option in options}
 _RESULT_DEPENDS_ON = {option.name for option in (*MODEL, *TRAINING, *CURRICULUM)} | {"dataset_seed", "inf_data"}
 
 
+@in_one_line
 def main(argv=None) -> int:
-    args = get_args_parser().parse_args(argv)
-    try:
-        jobs = read_sweep(args.sweep, args.output_dir)
-        if args.list:
-            print(*(shown(job.training()) for job in jobs), sep="\n")
-            return 0
-        refuse_other_runs(jobs)
-        gpus = find_gpus(args.jobs, args.threads)
-        with Interruption(patient=True) as interruption:  # a second signal must not leave the runs behind
-            return Sweep(jobs, gpus, args.threads, args.test_only).work(interruption)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="the runs (the head of this module describes the file)")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=positive, help="runs at a time (default: one per GPU; without GPUs, cores // threads)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run (default: 1)")
-    parser.add_argument(
-        "--test_only", "--test-only", action="store_true", help="train nothing; test the runs as they are, finished or not"
-    )
     parser.add_argument("--list", action="store_true", help="print the command of each run, and stop")
-    return parser
+    args = parser.parse_args(argv)
+    jobs = read_sweep(args.sweep, args.output_dir)
+    if args.list:
+        print(*(shown(job.training()) for job in jobs), sep="\n")
+        return 0
+    for job in jobs:
+        job.refuse_another_run()
+    gpus = find_gpus(args.jobs, args.threads)
+    with Interruption(patient=True) as interruption:  # a second signal must not leave the runs behind
+        return Sweep(jobs, gpus, args.threads).work(interruption)
 
 
 def positive(word: str) -> int:
@@ -123,13 +116,12 @@ class Job:
 
     def is_tested(self) -> bool:
         """The best network, at these lengths."""
+        table = self.folder / TABLE
         try:
-            with open(self.folder / TABLE, newline="") as table:
-                lengths = tuple(int(row["sequence_length"]) for row in csv.DictReader(table))
-            newer = (self.folder / TABLE).stat().st_mtime >= (self.folder / checkpoints.BEST).stat().st_mtime
+            lengths = tuple(int(row["sequence_length"]) for row in csv.DictReader(table.read_text().splitlines()))
+            return lengths == self.test_lengths and table.stat().st_mtime >= (self.folder / checkpoints.BEST).stat().st_mtime
         except (OSError, KeyError, ValueError):
             return False
-        return newer and lengths == self.test_lengths
 
     def differences(self, record: dict[str, Any]) -> list[str]:
         """A phrase for each option by which a recorded run was trained otherwise than the sweep file says."""
@@ -137,15 +129,13 @@ class Job:
         names = sorted(_RESULT_DEPENDS_ON | ({"backend"} & self.given.keys()))
         return [f"{name} {self.options[name]} (run: {record[name]})" for name in names if self.options[name] != record[name]]
 
-    def differences_to_folder(self) -> list[str]:
-        try:
-            record = yaml.safe_load((self.folder / OPTIONS).read_text(encoding="utf-8")) or {}
-        except OSError:
-            return []
-        except (yaml.YAMLError, UnicodeDecodeError) as failure:
-            raise UserError(f"{self.folder / OPTIONS}: damaged ({' '.join(str(failure).split())}); remove the run") from failure
-        more_epochs = {"epochs": max(self.epochs_done(), self.options["epochs"])}  # these continue a run
-        return self.differences(record | more_epochs)
+    def refuse_another_run(self) -> None:
+        """See that no run stands in the folder that is of other options; more epochs continue one."""
+        if (self.folder / OPTIONS).exists():
+            record = read_yaml(self.folder / OPTIONS) | {"epochs": max(self.epochs_done(), self.options["epochs"])}
+            if differences := self.differences(record):
+                other = f"is another run: {', '.join(differences)}; choose another --output_dir or group name"
+                raise UserError(f"{self.folder}: {other}")
 
 
 def _words(options: dict[str, Any]) -> list[str]:
@@ -159,18 +149,22 @@ def _words(options: dict[str, Any]) -> list[str]:
     return words
 
 
+def read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as failure:
+        raise UserError(f"{path}: {failure.strerror}") from failure
+    except (yaml.YAMLError, UnicodeDecodeError) as failure:
+        raise UserError(f"{path}: not a YAML file ({' '.join(str(failure).split())})") from failure
+
+
 def read_sweep(path: Path, output_dir: Path) -> list[Job]:
     """The runs that a sweep file describes.
 
     Raises:
         UserError: unreadable, or a group or an option is wrong.
     """
-    try:
-        groups = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}") from failure
-    except (yaml.YAMLError, UnicodeDecodeError) as failure:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(failure).split())})") from failure
+    groups = read_yaml(path)
     groups = groups if isinstance(groups, dict) else {"": groups}
     blocks = [(str(name), block) for name, group in groups.items() for block in (group if isinstance(group, list) else [group])]
     if not all(name and isinstance(block, dict) for name, block in blocks):
@@ -204,29 +198,14 @@ def _jobs(where: str, group_name: str, group: dict[str, Any], output_dir: Path) 
         yield Job(f"{group_name}/{run_name}", output_dir / group_name / run_name, given, options.values, tested)
 
 
-class _Parser(Parser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
 def _resolve(where: str, words: list[str]) -> Options:
     """All options of the task script, those on this command line and the defaults."""
     try:
-        options = _Parser("", TASK_GROUPS).parse(words)
+        options = Parser("", TASK_GROUPS).parse(words)
+        options.check_combination()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if error := options.combination_error():
-        raise UserError(f"{where}: {error}")
     return options
-
-
-def refuse_other_runs(jobs: list[Job]) -> None:
-    """See that no run in the folder is of other options than the sweep file gives it now."""
-    for job in jobs:
-        if differences := job.differences_to_folder():
-            raise UserError(
-                f"{job.folder}: is another run: {', '.join(differences)}; choose another --output_dir or group name"
-            )
 
 
 # Running
@@ -262,8 +241,8 @@ class Sweep:
     they end, so that another sweep takes over what a dead machine held.
     """
 
-    def __init__(self, jobs: list[Job], gpus: list[str | None], threads: int, test_only: bool = False):
-        self.jobs, self.free, self.threads, self.test_only = jobs, list(gpus), threads, test_only
+    def __init__(self, jobs: list[Job], gpus: list[str | None], threads: int):
+        self.jobs, self.free, self.threads = jobs, list(gpus), threads
         self.waiting, self.children, self.failed, self.done = list(jobs), [], [], 0
         self.commit = commit()
 
@@ -271,11 +250,12 @@ class Sweep:
         """Returns the exit status: 1 if runs failed, 128 plus the number of the signal after one."""
         try:
             while (self.waiting or self.children) and not interruption.signal:
-                self._fill()
-                if self.waiting or self.children:
-                    time.sleep(POLL_SECONDS)
+                for job in list(self.waiting):
+                    if self.free and (lock := hold(job.folder, LOCK)):
+                        self.waiting.remove(job)
+                        self._begin(job, self.free.pop(0), lock)
+                time.sleep(POLL_SECONDS)
                 self._collect()
-                self._show()
         finally:
             self._stop()
         stopped = len(self.jobs) - self.done - len(self.failed)
@@ -284,31 +264,14 @@ class Sweep:
             say(f"failed: {job.name}: {reason} ({job.folder / LOG})")
         return interruption.status or (1 if self.failed else 0)
 
-    def _fill(self) -> None:
-        for job in list(self.waiting):
-            if not self.free:
-                return
-            if lock := hold(job.folder):
-                self.waiting.remove(job)
-                self._begin(job, self.free.pop(0), lock)
-
     def _begin(self, job: Job, gpu: str | None, lock: IO) -> None:
         """Start what a run needs next, if it needs anything."""
-        testing = job.is_trained() or self.test_only
-        try:
-            if testing and (job.is_tested() or not (job.folder / checkpoints.BEST).exists()):
-                self.done += job.is_trained()
-            else:
-                process = self._start(job, gpu, lock, job.testing() if testing else job.training())
-                self.children.append(Child(job, gpu, process, testing, lock, job.epochs_done()))
-                say(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}")
-                return
-        except OSError as failure:
-            self._fail(job, failure.strerror)
-        self.free.append(gpu)
-        lock.close()
-
-    def _start(self, job: Job, gpu: str | None, lock: IO, command: list[str]) -> subprocess.Popen:
+        testing = job.is_trained()
+        if testing and job.is_tested():
+            self._end(gpu, lock)
+            self.done += 1
+            return
+        command = job.testing() if testing else job.training()
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -316,33 +279,33 @@ class Sweep:
             # The number of threads decides the last digits.
             record.write(f"{self.commit}: OMP_NUM_THREADS={self.threads} {shown(command)}\n")
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-            return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], **quiet)
-
-    def _fail(self, job: Job, reason: str) -> None:
-        self.failed.append((job, reason))
-        say(f"{job.name}: failed: {reason}")
+            process = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], **quiet)
+        self.children.append(Child(job, gpu, process, testing, lock, job.epochs_done()))
+        say(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}")
 
     def _collect(self) -> None:
-        for child in [child for child in self.children if child.process.poll() is not None]:
+        for child in list(self.children):
+            job, status = child.job, child.process.poll()
+            if status is None:
+                if (epochs := job.epochs_done()) > child.epochs:
+                    child.epochs = epochs
+                    say(f"{job.name}: epoch {epochs}/{job.options['epochs']}")
+                continue
             self.children.remove(child)
-            status, job = child.process.returncode, child.job
             last = last_line(job.folder / LOG)
-            if not status and not child.testing:
+            if status == 0 and not child.testing:
                 self._begin(job, child.gpu, child.lock)
                 continue
-            self.free.append(child.gpu)
-            child.lock.close()
+            self._end(child.gpu, child.lock)
+            say(f"{job.name}: {'failed: ' * bool(status)}{last or f'exit status {status}'}")
             if status:
-                self._fail(job, last or f"exit status {status}")
+                self.failed.append((job, last or f"exit status {status}"))
             else:
-                self.done += job.is_trained()
-                say(f"{job.name}: {last}")
+                self.done += 1
 
-    def _show(self) -> None:
-        for child in self.children:
-            if (epochs := child.job.epochs_done()) > child.epochs:
-                child.epochs = epochs
-                say(f"{child.job.name}: epoch {epochs}/{child.job.options['epochs']}")
+    def _end(self, gpu: str | None, lock: IO) -> None:
+        self.free.append(gpu)
+        lock.close()
 
     def _stop(self) -> None:
         """Let the children save, and wait for them."""
@@ -353,28 +316,6 @@ class Sweep:
         for child in self.children:
             child.process.wait()
             child.lock.close()
-        self.children.clear()
-
-
-def hold(folder: Path) -> IO | None:
-    """The lock of a run, until it is closed here and in the run's process; None while another sweep holds it.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a")  # noqa: SIM115
-    except OSError as failure:
-        raise UserError(f"{folder}: cannot be used ({failure.strerror}); choose another --output_dir") from failure
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError:
-        pass  # no locks on this file system: the task script warns, and one sweep alone works
-    return lock
 
 
 def shown(command: list[str]) -> str:
@@ -385,10 +326,6 @@ def shown(command: list[str]) -> str:
 def last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def say(message: str) -> None:
-    print(message, flush=True)
 
 
 if __name__ == "__main__":

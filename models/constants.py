@@ -5,12 +5,23 @@ The command line makes an option of every such field (utils/options.py), and che
 
 import math
 from dataclasses import MISSING, field, fields
+from operator import gt, le, lt
 from typing import Any
 
 
 def constant(default: Any, help: str, *, low: float | None = None, above: float | None = None, high: float | None = None):
     """A dataclass field for a constant: `low` and `high` are its least and greatest value, `above` an excluded lower bound."""
     return field(default=default, metadata={"help": help, "low": low, "above": above, "high": high})
+
+
+def out_of_bounds(value: Any, low: float | None, above: float | None, high: float | None) -> str | None:
+    """What is wrong about a number, or None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be finite, not {value}"
+    for bound, is_beyond, words in ((low, lt, "at least"), (above, le, "greater than"), (high, gt, "at most")):
+        if bound is not None and is_beyond(value, bound):
+            return f"must be {words} {bound:.10g}, not {value}"
+    return None
 
 
 def check_bounds(constants: Any) -> None:
@@ -22,15 +33,8 @@ def check_bounds(constants: Any) -> None:
     for f in fields(constants):
         if not f.metadata or f.default is MISSING:
             continue
-        value, low, above, high = getattr(constants, f.name), *(f.metadata[key] for key in ("low", "above", "high"))
-        wanted = type(f.default)
+        value, wanted = getattr(constants, f.name), type(f.default)
         if isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, float) if wanted is float else wanted):
             raise ValueError(f"{f.name} must be of type {wanted.__name__}, not {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{f.name} must be finite, not {value}")
-        if low is not None and value < low:
-            raise ValueError(f"{f.name} must be at least {low:g}, not {value}")
-        if above is not None and value <= above:
-            raise ValueError(f"{f.name} must be greater than {above:g}, not {value}")
-        if high is not None and value > high:
-            raise ValueError(f"{f.name} must be at most {high:g}, not {value}")
+        if wrong := out_of_bounds(value, *(f.metadata[key] for key in ("low", "above", "high"))):
+            raise ValueError(f"{f.name} {wrong}")

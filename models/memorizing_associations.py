@@ -7,7 +7,7 @@ Source: arXiv:2205.11276, Fig. 1 and "Memorizing associations" in Methods.
 import functools
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,8 @@ from models import backends
 from models.constants import check_bounds, constant
 from models.dynamics import POPULATIONS, Dynamics
 from models.hebbian_memory import XAVIER_GAIN, ReadingLayer, WritingLayer
-from models.neurons import LIFNeuron, population
+from models.neurons import population
 from models.operands import check_operands
-from models.plasticity import HebbianRule
 from models.through_time import through_time
 
 SECONDS_PER_STEP = 1e-3
@@ -30,10 +29,10 @@ SILENT_BELOW = 0.01  # Hz, mean rate of a population: one spike of 100 neurons i
 class Sizes:
     """Sizes of the network, under the names of the command-line options."""
 
-    num_classes: int = constant(10, "labels to draw from", low=1)  # C
-    feature_size: int = constant(10, "size of the random vectors", low=1)  # F
-    embedding_size: int = constant(80, "neurons of an encoding population", low=1)  # E
-    memory_size: int = constant(100, "key neurons, and value neurons, of the memory", low=1)  # M
+    num_classes: int = constant(10, "labels to draw from", low=1, high=10**6)  # C
+    feature_size: int = constant(10, "size of the random vectors", low=1, high=10**6)  # F
+    embedding_size: int = constant(80, "neurons of an encoding population", low=1, high=10**6)  # E
+    memory_size: int = constant(100, "key neurons, and value neurons, of the memory", low=1, high=10**6)  # M
 
     __post_init__ = check_bounds
 
@@ -63,7 +62,7 @@ class EmbeddingLayer(nn.Module):
 class MemorizingAssociations(nn.Module):
     """Embedding -> encoding LIF population -> writing and reading layers around a Hebbian memory -> linear output."""
 
-    def __init__(self, sizes: Sizes, dynamics: Dynamics, backend: str = "auto"):
+    def __init__(self, sizes: Sizes = Sizes(), dynamics: Dynamics = Dynamics(), backend: str = "auto"):  # noqa: B008, frozen
         super().__init__()
         self.sizes, self.dynamics, self.backend = sizes, dynamics, backend
         self._choice = None  # what was asked for, and the backend chosen
@@ -216,33 +215,3 @@ def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) ->
         if mean.numel() != mean.shape[-1]:
             raise ValueError(f"mean_rates: {name} must hold one mean rate per neuron, not {tuple(mean.shape)}")
     return torch.stack([(mean - target_rate).square().mean() for mean in mean_rates.values()]).sum()
-
-
-def constants_from(cls, options: Mapping[str, Any], **others):
-    """A dataclass of constants from a mapping of options; options it does not name are ignored."""
-    return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options and f.name not in others}, **others)
-
-
-def build_model(
-    options: Mapping[str, Any],
-    backend: str = "auto",
-    neuron: LIFNeuron | None = None,
-    rule: HebbianRule | None = None,
-) -> MemorizingAssociations:
-    """The network of a mapping of options under their published names (others are ignored, missing ones take their default).
-
-    Args:
-        backend: one of `models.BACKENDS`.
-        neuron, rule: in place of the published ones, objects with the same methods.
-
-    Raises:
-        ValueError: unknown backend, or a constant out of bounds.
-    """
-    backends.check_name(backend)
-    dynamics = constants_from(
-        Dynamics,
-        options,
-        neuron=neuron or constants_from(LIFNeuron, options),
-        rule=rule or constants_from(HebbianRule, options),
-    )
-    return MemorizingAssociations(constants_from(Sizes, options), dynamics, backend)

@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from models import backends, memorizing_associations
+from models import backends
 from models.delta_rule import DeltaRule
-from models.dynamics import Dynamics
 from models.h_mem import HMem
 from models.linear_attention import LinearAttention
 from models.lstm import LSTM
-from models.memorizing_associations import MemorizingAssociations, Sizes
+from models.memorizing_associations import MemorizingAssociations
 from models.recurrent_spiking import AdaptiveLIF, RecurrentLIF
 from models.transformer import Transformer
 
@@ -36,11 +35,9 @@ DEFAULT = "hebbian_snn"
 
 def network_options(name: str) -> dict[str, Any]:
     """The model options that a network has, with its defaults."""
-    if name == DEFAULT:
-        return _fields(Sizes()) | _fields(Dynamics())
     found = {}
-    for argument, parameter in _arguments(name).items():
-        found |= _fields(parameter.default) if is_dataclass(parameter.default) else {argument: parameter.default}
+    for argument, default in _arguments(name).items():
+        found |= _fields(default) if is_dataclass(default) else {argument: default}
     return found
 
 
@@ -54,8 +51,10 @@ def spikes(name: str) -> bool:
     return "thr" in network_options(name)
 
 
-def _arguments(name: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(NETWORKS[name]).parameters
+def _arguments(name: str) -> dict[str, Any]:
+    """The arguments of a network's class, with their defaults."""
+    arguments = inspect.signature(NETWORKS[name]).parameters
+    return {argument: parameter.default for argument, parameter in arguments.items() if argument != "backend"}
 
 
 def _fields(constants: Any) -> dict[str, Any]:
@@ -87,16 +86,20 @@ def build_model(options: Mapping[str, Any], backend: str = "auto", **parts: Any)
     name = options.get("network", DEFAULT)
     if name not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, not {name!r}")
-    if name == DEFAULT:
-        return memorizing_associations.build_model(options, backend, **parts)
     backends.check_name(backend)
-    if backend not in ("auto", "reference"):
+    if name != DEFAULT and backend not in ("auto", "reference"):
         raise backends.BackendError(f"backend {backend}: it runs {DEFAULT} only, and {name} is plain PyTorch: use auto")
-    chosen = {}
-    for argument, parameter in _arguments(name).items():
-        default = parameter.default
-        if is_dataclass(default):
-            chosen[argument] = replace(default, **{f.name: options[f.name] for f in fields(default) if f.name in options})
-        elif argument in options:
-            chosen[argument] = options[argument]
+    chosen = {"backend": backend} if name == DEFAULT else {}
+    for argument, default in _arguments(name).items():
+        chosen[argument] = _filled(default, options, parts) if is_dataclass(default) else options.get(argument, default)
     return NETWORKS[name](**chosen)
+
+
+def _filled(default: Any, options: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    """A dataclass of constants with the values of a mapping of options; `parts` stand for dataclasses among its fields."""
+    values = {}
+    for field in fields(default):
+        value = getattr(default, field.name)
+        values[field.name] = _filled(value, options, parts) if is_dataclass(value) else options.get(field.name, value)
+        values[field.name] = parts.get(field.name, values[field.name])
+    return replace(default, **values)

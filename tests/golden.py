@@ -12,6 +12,7 @@ import models
 from models import POPULATIONS
 
 FOLDER = Path(__file__).parent / "golden"
+PUBLISHED = FOLDER / "published_format_checkpoint.pth.tar"  # as the published program writes them
 FLOAT64 = ("small_defaults", "one_pair", "other_constants", "perfect_reset", "readout_delay_5", "full_size_float64")
 
 

@@ -1,8 +1,5 @@
 """The compiled time loop computes what the plain one does, for any neuron, and compiles once for all batches."""
 
-import dataclasses
-from typing import NamedTuple
-
 import golden
 import pytest
 import torch
@@ -14,6 +11,7 @@ from models import backends
 from models.backends import compiled
 from models.hebbian_memory import hebbian_read
 from models.neurons import LIFNeuron, population
+from models.recurrent_spiking import AdaptiveLIFNeuron
 from models.through_time import run_steps, through_time
 
 SMALL = {"num_time_steps": 8, "embedding_size": 8, "memory_size": 8}
@@ -87,23 +85,6 @@ def test_nothing_but_the_batch_varies_in_the_code(monkeypatch):
     assert codes == 4 * [[torch.SymInt] + 4 * [Tensor]]
 
 
-class Exhausted(NamedTuple):
-    spikes: Tensor
-    membrane: Tensor
-    refractory: Tensor
-    spent: Tensor  # a trace of its own spikes that lowers its input
-
-
-@dataclasses.dataclass(frozen=True)
-class ExhaustedNeuron(LIFNeuron):
-    def initial_state(self, like):
-        return Exhausted(*super().initial_state(like), torch.zeros_like(like))
-
-    def step(self, current, state):
-        lif = super().step(current - state.spent, state[:3])
-        return Exhausted(*lif, 0.9 * state.spent + 0.1 * lif.spikes)
-
-
 @pytest.mark.usefixtures("traced")
 def test_a_neuron_with_another_state_is_compiled():
     current = torch.rand(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -113,8 +94,8 @@ def test_a_neuron_with_another_state_is_compiled():
         weights = torch.arange(membrane.numel()).view_as(membrane)
         return spikes, membrane, *torch.autograd.grad((membrane * weights + spikes).sum(), current)
 
-    theirs = activity_and_gradient(ExhaustedNeuron())
-    for ours, exact in zip(activity_and_gradient(ExhaustedNeuron(), compiled.through_time), theirs, strict=True):
+    theirs = activity_and_gradient(AdaptiveLIFNeuron())
+    for ours, exact in zip(activity_and_gradient(AdaptiveLIFNeuron(), compiled.through_time), theirs, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
     assert not torch.equal(activity_and_gradient(LIFNeuron())[1], theirs[1])  # the other state matters
 

@@ -76,13 +76,6 @@ def test_training_samples_are_the_task():
     assert torch.equal(samples.labels[matches], samples.answer)
 
 
-def test_orders_of_a_fixed_set():
-    first, second = data.training_order(0, 42), data.training_order(1, 42)
-    assert sorted(first) == list(range(data.TRAINING_SAMPLES))
-    assert (first != second).any()
-    assert (first == data.training_order(0, 42)).all()
-
-
 def test_the_fixed_set_is_generated_once(monkeypatch):
     calls, generate = [], data.training_samples
     monkeypatch.setattr(data, "training_samples", lambda *arguments: calls.append(arguments) or generate(*arguments))
@@ -101,9 +94,3 @@ def test_lengths_of_a_curriculum_and_of_mixed_lengths():
     assert set(mixed) == {3, 4, 5} and counts[3:6].min() > 70  # uniform over the lengths of this epoch
     assert mixed != [data.training_length(start, 2, 6, 42, 2, 3, mixed_lengths=3) for start in range(300)]
     assert [data.training_length(start, 0, 6, 42) for start in range(3)] == [6, 6, 6]
-
-
-def test_a_field_of_samples_can_be_replaced():
-    samples = draw(0, 5)
-    changed = dataclasses.replace(samples, query=samples.query + 1)
-    assert torch.equal(changed.query, samples.query + 1) and changed.labels is samples.labels

@@ -341,7 +341,7 @@ TORCHRUN_ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LO
     [
         ("--world_size 2", {}, "--rank -1: must be the number of this node, from 0, and below --world_size 2"),
         ("--world_size 2 --rank 2", {}, "--rank 2: must be the number of this node, from 0, and below --world_size 2"),
-        ("--rank 1", {}, "--rank 1: there is one node; give their number with --world_size"),
+        ("--rank 1", {}, "--rank 1: must be the number of this node, from 0, and below --world_size 1"),
         ("--world_size 0 --multiprocessing_distributed", {}, "--world_size 0: must be the number of nodes, at least 1"),
         ("--world_size 2 --rank 0 --dist_url 127.0.0.1:1", {}, "--dist_url 127.0.0.1:1: must be tcp://HOST:PORT"),
         ("--world_size 2 --rank 0 --dist_url tcp://host:99999", {}, "--dist_url tcp://host:99999: must be tcp://HOST:PORT"),
@@ -362,9 +362,7 @@ def test_ranks_that_cannot_be_are_a_usage_error(words, environment, message, cap
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as end:
-        task.main(words.split())
-    assert end.value.code == 2
+    assert task.main(words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
@@ -436,13 +434,22 @@ def test_nodes_that_differ_are_refused(tmp_path):
 
 def test_nodes_with_another_program_are_refused(monkeypatch):
     options = Parser("", TASK_GROUPS).parse(["--batch_size", "7"])
-    card = launch._card(launch.Ranks("tcp://host:29", 0, 2, 1), options)
-    assert launch._difference([card, card]) is None
-    other = card | {"given": {"--an_option_of_another_program": 1}}
-    assert "an_option_of_another_program is None on node 0 and 1 on node 1" in launch._difference([card, other])
+    software = launch._software()
+
+    def agree(**on_node_0):
+        monkeypatch.setattr(launch.distributed, "broadcast_object", lambda _: (options.values | on_node_0, (), dict(software)))
+        launch._agree(launch.Ranks("tcp://host:29", 1, 2, 1), options, ())
+
+    def gather(found, own):
+        found[:] = [("node 0", []), own]
+
+    monkeypatch.setattr(launch.dist, "all_gather_object", gather)
+    agree()
+    with pytest.raises(UserError, match=r"^--batch_size is 9 on node 0 and 7 on node 1; all nodes need the same$"):
+        agree(batch_size=9)
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"changed")
-    other = launch._card(launch.Ranks("tcp://host:29", 1, 2, 1), options)
-    assert launch._difference([card, other]).startswith("this program (digest of its sources) is ")
+    with pytest.raises(UserError, match=r"^this program \(digest of its sources\) is \w+ on node 0 and \w+ on node 1"):
+        agree()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for NCCL")

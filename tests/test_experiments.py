@@ -69,7 +69,7 @@ def test_lists_make_runs(tmp_path):
 )
 def test_a_wrong_sweep_starts_nothing(tmp_path, capsys, group, words):
     path = write(tmp_path / "sweep.yaml", group=group)
-    assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs")]) == 2
+    assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line and words in line
     assert not (tmp_path / "runs").exists()
@@ -108,7 +108,7 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
 
     # Results of other options are not reported as those of the file.
     write(path, small=group | {"gamma_neg": 0.02})
-    assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs")]) == 2
+    assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs")]) == 1
     assert "gamma_neg 0.02 (run: 0.3)" in capsys.readouterr().err
 
     runs.write_groups([result], tmp_path / "kept")

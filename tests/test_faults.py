@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_task import assert_same_run, refuse
 
 import data
 import memorizing_associations_task as task
 from utils import checkpoints
 from utils.errors import UserError, out_of_memory_in_one_line
-from utils.metrics import read_metrics
 from utils.run import METRICS, Run
 
 TINY = """--sequence_length 2 --num_classes 2 --num_time_steps 20 --embedding_size 8 --memory_size 8 --batch_size 64 --seed 1
@@ -56,12 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys, *arguments) -> str:
-    """The one line of a command that must fail."""
-    capsys.readouterr()
-    assert task.main([*TINY, *map(str, arguments)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
+    return refuse(capsys, *TINY, *arguments)
 
 
 # Killed
@@ -137,7 +132,8 @@ def test_killed_trainings_end_as_the_undisturbed_one(times, tmp_path, whole):  #
         assert status in (-signal.SIGKILL, 0), f"a resumed training exited with {status}"
         check_metrics(folder)
         if status == 0:
-            check_same_run(folder, undisturbed)
+            assert_same_run(folder, undisturbed, (checkpoints.LAST, checkpoints.BEST))
+            assert not list(folder.glob(".*.tmp")), "temporary files are left"
             shutil.rmtree(folder)
         else:
             kills += 1
@@ -150,18 +146,6 @@ def check_metrics(folder: Path) -> None:
         finished = checkpoints.load(folder / checkpoints.LAST)["epoch"]
         assert epochs == list(range(1, len(epochs) + 1))
         assert finished <= len(epochs) <= finished + 1  # the checkpoint follows the file
-
-
-def check_same_run(ours: Path, theirs: Path) -> None:
-    keys = ("epoch", "sample", "state_dict", "optimizer", "history", "best_acc", "running")
-    for name in (checkpoints.LAST, checkpoints.BEST):
-        one, other = ({key: value for key, value in checkpoints.load(f / name).items() if key in keys} for f in (ours, theirs))
-        for line in (*one["history"], *other["history"]):
-            del line["seconds"]
-        assert checkpoints.digest(one) == checkpoints.digest(other), f"{name} differs"
-    one, other = ([line | {"seconds": 0} for line in read_metrics(folder / METRICS)] for folder in (ours, theirs))
-    assert one == other, "the metrics differ"
-    assert not list(ours.glob(".*.tmp")), "temporary files are left"
 
 
 def test_the_checkpoint_is_written_last(folder, monkeypatch):
@@ -246,6 +230,7 @@ def test_file_too_large_stops_the_training_and_keeps_the_checkpoint(folder, caps
     before = contents(folder)
     with largest_file(4096):
         line = refused(capsys, "--output_dir", folder, "--resume", "auto", "--epochs", 4)
+    assert contents(folder) == before, "the old files and nothing else"
     assert checkpoints.LAST in line or checkpoints.BEST in line
     assert "cannot be written (File too large); make room or choose another --output_dir" in line
     after = contents(folder)

@@ -1,20 +1,17 @@
 """Files whose pickle tries to run code: none runs anything, and each is refused in one line."""
 
-import argparse
 import os
-import pickle
 import zipfile
 from pathlib import Path
 
-import golden
 import pytest
 import torch
+from golden import PUBLISHED
 
 import memorizing_associations_task as task
 from utils import checkpoints
 from utils.errors import UserError
 
-PUBLISHED = golden.FOLDER / "published_format_checkpoint.pth.tar"
 MARKER = "PAYLOAD-GOES-HERE"
 
 
@@ -33,16 +30,9 @@ def hostile_files(folder: Path) -> dict[str, Path]:
     mark = str(folder / "ran")
     # A forger's opcodes: BUILD sets an attribute of the one class that may be unpickled, argparse.Namespace, by a call.
     opcodes = b"cargparse\nNamespace\n)\x81(dV__class__\ncos\nmkdir\n(V" + mark.encode() + b"\ntRsb"
-    paths, payloads = (
-        {},
-        {"call": Call(os.mkdir, mark), "code": Call(exec, f"import os; os.mkdir({mark!r})"), "opcodes": MARKER},
-    )
-    for name, payload in payloads.items():
-        checkpoint = torch.load(PUBLISHED, weights_only=False)
-        if name == "code":
-            checkpoint["state_dict"]["writing_layer.W"] = payload
-        else:
-            checkpoint["params"].thr = payload
+    paths, checkpoint = {}, torch.load(PUBLISHED, weights_only=False)
+    for name, payload in {"call": Call(os.mkdir, mark), "opcodes": MARKER}.items():
+        checkpoint["params"].thr = payload
         paths[name] = folder / f"{name}.pth.tar"
         torch.save(checkpoint, paths[name])
     with zipfile.ZipFile(paths["opcodes"]) as archive:
@@ -54,31 +44,19 @@ def hostile_files(folder: Path) -> dict[str, Path]:
     return paths
 
 
-@pytest.mark.parametrize("name", ["call", "code", "opcodes"])
-def test_no_payload_runs(name, tmp_path):
+@pytest.mark.parametrize("name", ["call", "opcodes"])
+def test_no_payload_runs(name, tmp_path, capsys):
     path, mark = hostile_files(tmp_path)[name], tmp_path / "ran"
-    with pytest.raises(UserError, match=r"pth\.tar: refused, it holds more than tensors and plain values$"):
-        checkpoints.load(path)
+    assert task.main(["--resume", str(path), "--evaluate"]) == 1
+    assert capsys.readouterr().err == f"error: {path}: refused, it holds more than tensors and plain values\n"
     assert not mark.exists(), "the payload ran"
-    assert argparse.Namespace(a=1).a == 1
     torch.load(path, weights_only=False)
     assert mark.exists(), "harmless: a test of it cannot fail"
 
 
-def test_pickles_and_files_of_old_pytorch_are_not_opened(tmp_path):
+def test_files_of_old_pytorch_are_not_opened(tmp_path):
     path, payload = tmp_path / "file.pth.tar", {"params": Call(os.mkdir, str(tmp_path / "ran"))}
-    path.write_bytes(pickle.dumps(payload))
-    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
-        checkpoints.load(path)
     torch.save(payload, path, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="damaged, or not a checkpoint"):
         checkpoints.load(path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_the_script_refuses_in_one_line(tmp_path, capsys):
-    path = hostile_files(tmp_path)["call"]
-    assert task.main(["--resume", str(path), "--evaluate"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: {path}: refused, it holds more than tensors and plain values"
     assert not (tmp_path / "ran").exists()

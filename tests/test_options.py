@@ -16,7 +16,7 @@ import plot_memorizing_associations_task as plot
 from utils.errors import UserError
 from utils.options import TASK_GROUPS, Parser
 
-PUBLISHED = str(golden.FOLDER / "published_format_checkpoint.pth.tar")
+PUBLISHED = str(golden.PUBLISHED)
 TABLES = {
     "train": {o.name: o for group in TASK_GROUPS.values() for o in group},
     "plot": {o.name: o for group in plot.GROUPS.values() for o in group},

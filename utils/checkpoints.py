@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import models
 from utils.errors import UserError
-from utils.options import MODEL, RECORDED, absent_options
+from utils.options import MODEL, RECORDED, SEQUENCE_LENGTH
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
@@ -320,8 +320,7 @@ def _completed(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _model_defaults(network: str) -> dict[str, Any]:
     """The model options that a network has, with its defaults."""
-    general = {option.name: option.default for option in MODEL if option.name not in absent_options(network)}
-    return general | models.network_options(network) | {"network": network}
+    return models.network_options(network) | {"sequence_length": SEQUENCE_LENGTH.default, "network": network}
 
 
 # The digest

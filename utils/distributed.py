@@ -8,8 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-_CPU = torch.device("cpu")
-
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -31,21 +29,17 @@ def shard(start: int, stop: int) -> tuple[int, int]:
     return start + size * rank() // world_size(), start + size * (rank() + 1) // world_size()
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over the processes. Not differentiated through."""
+def all_reduce(values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """The sum over the processes, or what else `op` says. Not differentiated through."""
     values = values.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, op)
     return values
 
 
 def all_reduce_max(number: int) -> int:
     """The greatest of the processes' numbers."""
-    if world_size() == 1:
-        return number
-    value = torch.tensor(number, device=_CPU)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)
+    return int(all_reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
 
 def broadcast_object(value: Any) -> Any:
@@ -53,7 +47,7 @@ def broadcast_object(value: Any) -> Any:
     if world_size() == 1:
         return value
     holder = [value if is_main() else None]
-    dist.broadcast_object_list(holder, src=0, device=_CPU)
+    dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
@@ -69,11 +63,8 @@ def batch_mean(values: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
 
     The gradient goes to this process's samples: summed over the processes it is that of the mean over the whole batch.
     """
-    local = {name: value.sum(0) / batch_size for name, value in values.items()}
-    if world_size() == 1:
-        return {name: mean.unsqueeze(0) for name, mean in local.items()}
-    everywhere = all_reduce_sum(torch.cat(list(local.values()))).split([len(mean) for mean in local.values()])
-    return {
-        name: (mean + (whole - mean).detach()).unsqueeze(0)
-        for (name, mean), whole in zip(local.items(), everywhere, strict=True)
-    }
+    means = {}
+    for name, value in values.items():
+        own = value.sum(0, keepdim=True) / batch_size
+        means[name] = own + (all_reduce(own) - own).detach()
+    return means

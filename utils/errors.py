@@ -23,13 +23,24 @@ class UsageError(UserError):
 
 
 def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorator of a program's `main`: what the user can fix is one line on stderr and status 1, without a traceback."""
+    """Decorator of a program's `main`: what the user can fix is one line on stderr, without a traceback.
+
+    The exit status is 2 for options that cannot be meant, 130 after Ctrl-C (a training saves first), else 1.
+    """
 
     @functools.wraps(main)
     def reporting(argv=None) -> int:
+        warn_in_one_line()
+        outlive_output()
         try:
             return main(argv) or 0
-        except UserError as error:
+        except UsageError as error:
+            print(f"{os.path.basename(sys.argv[0])}: error: {error} (--help lists the options)", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except (UserError, models.BackendError) as error:
             message = str(error)
         except OSError as failure:
             message = f"{failure.filename}: {failure.strerror}"

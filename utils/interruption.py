@@ -2,10 +2,8 @@
 
 import signal
 
-# Ctrl-C, kill and `scancel`, a batch system's warnings, a closed terminal. Not every system has all of them.
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)
-)
+# Ctrl-C, kill and `scancel`, a batch system's warnings, a closed terminal.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Interruption:

@@ -4,6 +4,8 @@ Without torchrun, this program is started once on each of `--world_size` nodes a
 starts the processes itself. All meet at a key-value store of rank 0, at the address of `--dist_url`.
 """
 
+import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from signal import SIG_IGN, SIGABRT, SIGINT, SIGKILL, SIGTERM, signal
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 import torch
@@ -32,10 +35,11 @@ from models import BackendError, backends
 from utils import distributed
 from utils.errors import UsageError, UserError, outlive_output, warn_in_one_line
 from utils.interruption import SIGNALS, Interruption
-from utils.options import Options
+from utils.options import CURRICULUM, DATA, MODEL, TRAINING, Options
 
 _OWN_OPTIONS = ("rank", "gpu", "device")  # each process keeps its own; all other options are those of rank 0
 _MOMENT = 2.0  # seconds that a process which lost another one waits before it ends, so that the cause is seen first
+_ANOTHER = "another process"
 _GRACE = 4.0  # seconds for the processes of a node to end by themselves after one of them failed
 
 # Why processes do not meet: what PyTorch raises, and what it means.
@@ -86,10 +90,6 @@ def find_ranks(options: Options) -> Ranks | None:
         return Ranks(_url_of_environment(), node, size // processes, processes, local_rank)
 
     url, nodes, node = options["dist_url"], options["world_size"], options["rank"]
-    if not (options["multiprocessing_distributed"] or options["processes_per_node"] or nodes > 1 or url == "env://"):
-        if node > 0:
-            raise UsageError(f"--rank {node}: there is one node; give their number with --world_size")
-        return None
     if url == "env://":
         nodes = int(_variable("WORLD_SIZE")) if nodes == -1 else nodes
         node = int(_variable("RANK")) if node == -1 else node
@@ -100,6 +100,9 @@ def find_ranks(options: Options) -> Ranks | None:
         raise UsageError(f"--world_size {nodes}: must be the number of nodes, at least 1")
     if not 0 <= node < nodes:
         raise UsageError(f"--rank {node}: must be the number of this node, from 0, and below --world_size {nodes}, the nodes")
+    several = options["multiprocessing_distributed"] or options["processes_per_node"]
+    if nodes == 1 and options["dist_url"] != "env://" and not several:
+        return None
     processes = options["processes_per_node"] or 1
     if options["multiprocessing_distributed"] and not options["processes_per_node"] and options["device"] != "cpu":
         processes = max(torch.cuda.device_count(), 1)
@@ -139,9 +142,7 @@ def run(job: Callable[..., int], ranks: Ranks | None, options: Options, *args) -
     _choose_interface(ranks)
     options.values["world_size"] = ranks.nodes
     if ranks.local_rank is not None:
-        status, message, _ = _work(job, ranks, ranks.local_rank, options, args)
-        print(message, end="\n" if message else "", file=sys.stderr)
-        _leave(status)
+        _child(ranks.local_rank, job, ranks, options, args, functools.partial(print, file=sys.stderr))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the processes warn
         backends.build(options["backend"], "cuda" if _uses_gpus(options) else "cpu")
@@ -171,12 +172,10 @@ def _choose_interface(ranks: Ranks) -> None:
     except (OSError, UnicodeError) as failure:
         remedy = "use a name that all nodes know, or the address of the node of --rank 0"
         raise UserError(f"--dist_url: cannot resolve the host name {host} ({failure}); {remedy}") from None
-    if sys.platform != "linux" or "GLOO_SOCKET_IFNAME" in os.environ:
+    if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     if ranks.nodes > 1 and address[0].startswith("127."):
         address = ("192.0.2.1", 9)  # any address elsewhere: other nodes cannot reach loopback
-    import fcntl
-
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing
         for _, name in socket.if_nameindex():
@@ -194,7 +193,7 @@ def _run_children(job: Callable[..., int], ranks: Ranks, options: Options, args:
     with Interruption() as interruption:
         # A terminal and a batch system send signals to all; the processes ignore them, and this one passes them on as SIGTERM.
         handlers = {number: signal(number, SIG_IGN) for number in SIGNALS if number != SIGTERM}
-        children = mp.spawn(_child, (job, ranks, options, args, writer), ranks.processes, join=False)
+        children = mp.spawn(_child, (job, ranks, options, args, writer.send), ranks.processes, join=False)
         for number, handler in handlers.items():
             signal(number, handler)
         passed_on = False
@@ -209,13 +208,13 @@ def _run_children(job: Callable[..., int], ranks: Ranks, options: Options, args:
             dead = exited
     if dead.exit_code > 128 or (interruption.signal and dead.exit_code == -SIGTERM):  # by a signal, after it saved or before
         return interruption.status or dead.exit_code
-    stuck = [child.exitcode == -SIGKILL for child in children.processes]
+    stuck = [rank for rank, process in enumerate(children.processes) if process.exitcode == -SIGKILL]
     if dead.exit_code == 1 and reader.poll():
-        message, lost = reader.recv()
-        if lost and any(stuck):
-            message = _no_answer(f"rank {ranks.rank(stuck.index(True))}", options)
+        message = reader.recv()
+        if stuck:
+            message = message.replace(_ANOTHER, f"rank {ranks.rank(stuck[0])}")
     elif options["dist_backend"] == "nccl" and dead.exit_code == -SIGABRT:  # so NCCL gives up
-        message = _no_answer("another process", options)
+        message = f"error: no answer from {_ANOTHER}{_remedy(options)}"
     else:
         how = f"was killed by {dead.signal_name}" if dead.signal_name else f"ended with status {dead.exit_code}"
         process = f"rank {ranks.rank(dead.error_index)} (process {dead.error_pid} on {socket.gethostname()})"
@@ -224,50 +223,44 @@ def _run_children(job: Callable[..., int], ranks: Ranks, options: Options, args:
     return 1
 
 
-def _child(local_rank: int, job: Callable[..., int], ranks: Ranks, options: Options, args: tuple, writer) -> None:
+def _child(local_rank: int, job: Callable[..., int], ranks: Ranks, options: Options, args: tuple, tell: Callable) -> NoReturn:
+    """What each process does: join the others, run the job, tell what failed.
+
+    It ends at once: a broken process group may not come to its end, and PyTorch's threads may abort in that of the interpreter.
+    """
     mp._prctl_pr_set_pdeathsig(SIGKILL)  # it does not outlive its parent (on Linux; no effect elsewhere)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves behind
-    status, *failure = _work(job, ranks, local_rank, options, args)
-    if status == 1:
-        writer.send(failure)
-    _leave(status)
-
-
-def _leave(status: int) -> None:
-    """End this process at once: a broken process group may not come to its end, and PyTorch's threads may abort in that of the
-    interpreter."""
+    rank, status, others = ranks.rank(local_rank), 1, []
+    try:
+        _join(ranks, local_rank, options)
+        args, others = _agree(ranks, options, args)
+        status = job(options, *args)
+        dist.destroy_process_group()
+    except KeyboardInterrupt:
+        status = 128 + SIGINT
+    except (UserError, BackendError) as error:
+        tell(f"error: rank {rank}: {error}")
+    except Exception as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            time.sleep(_MOMENT)
+            who = others[0] if len(others) == 1 else _ANOTHER  # PyTorch does not name it
+            tell(f"error: no answer from {who}{_remedy(options)}")
+        else:
+            cause = f"rank {rank} failed: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            tell(f"{traceback.format_exc()[-3000:]}error: {cause}{_remedy(options)}")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _work(job: Callable[..., int], ranks: Ranks, local_rank: int, options: Options, args: tuple) -> tuple[int, str, bool]:
-    """What each process does: join the others, run the job. Returns its exit status, what failed, and whether another process
-    is the reason for that."""
-    rank, others = ranks.rank(local_rank), []
-    try:
-        others += _join(ranks, local_rank, options)
-        values, args = distributed.broadcast_object((options.values, args))
-        options.values = values | {name: options[name] for name in _OWN_OPTIONS}
-        status = job(options, *args)
-        dist.destroy_process_group()
-        return status, "", False
-    except KeyboardInterrupt:
-        return 128 + SIGINT, "", False
-    except (UserError, BackendError) as error:
-        return 1, f"error: rank {rank}: {error}", False
-    except Exception as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
-            time.sleep(_MOMENT)
-            who = others[0] if len(others) == 1 else "another process"  # PyTorch does not name it
-            return 1, _no_answer(who, options), True
-        cause = f"rank {rank} failed: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        return 1, f"{traceback.format_exc()[-3000:]}error: {cause}{_remedy(options)}", False
-
-
-def _join(ranks: Ranks, local_rank: int, options: Options) -> list[str]:
-    """Meet the other processes and compare the nodes. Returns what the other nodes are called."""
-    _divide_threads(ranks)
+def _join(ranks: Ranks, local_rank: int, options: Options) -> None:
+    """Meet the other processes."""
+    threads = torch.get_num_threads()
+    if ranks.local_rank is None:
+        threads //= ranks.processes
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
+        threads = len(os.sched_getaffinity(0)) // ranks.processes
+    torch.set_num_threads(max(threads, 1))
     warn_in_one_line()
     outlive_output()
     if ranks.rank(local_rank):
@@ -277,60 +270,50 @@ def _join(ranks: Ranks, local_rank: int, options: Options) -> list[str]:
             options.values["gpu"] = local_rank
         torch.cuda.set_device(options["gpu"] or 0)
     backend = "cpu:gloo,cuda:nccl" if options["dist_backend"] == "nccl" else options["dist_backend"]
-    limit, cards = timedelta(seconds=options["dist_timeout"]), [{}] * ranks.world_size
+    limit = timedelta(seconds=options["dist_timeout"])
     try:
         dist.init_process_group(backend, ranks.url, limit, ranks.world_size, ranks.rank(local_rank))
-        dist.all_gather_object(cards, _card(ranks, options))
     except RuntimeError as failure:
         for words, message in _MEETING_ERRORS.items():
             if re.search(words, str(failure)):
                 raise UserError(message.format(url=ranks.url, timeout=options["dist_timeout"])) from failure
         raise
-    nodes = cards[:: ranks.processes]
-    if difference := _difference(nodes):
-        raise UserError(difference)
-    return [card["name"] for node, card in enumerate(nodes) if node != ranks.node]
 
 
-def _divide_threads(ranks: Ranks) -> None:
-    threads = torch.get_num_threads()
-    if ranks.local_rank is not None:
-        threads *= ranks.processes
-        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
-            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(threads // ranks.processes, 1))
+def _agree(ranks: Ranks, options: Options, args: tuple) -> tuple[tuple, list[str]]:
+    """Take the options and `args` of rank 0. Returns `args`, and what the other nodes are called.
+
+    Raises:
+        UserError: on every process, where a node differs from node 0 in what must be the same.
+    """
+    values, args, theirs = distributed.broadcast_object((options.values, args, _software()))
+    theirs |= {f"--{name}": value for name, value in values.items()}
+    given = [option.name for option in (*MODEL, *DATA, *TRAINING, *CURRICULUM) if option.name in options.given]
+    ours = _software() | {f"--{name}": options[name] for name in given}
+    differing = [
+        f"{what} is {theirs.get(what)} on node 0 and {value} on node {ranks.node}; all nodes need the same"
+        for what, value in ours.items()
+        if value != theirs.get(what)
+    ]
+    first, last = ranks.rank(0), ranks.rank(ranks.processes - 1)
+    own_ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+    found = [("", [])] * ranks.world_size
+    dist.all_gather_object(found, (f"node {ranks.node} ({own_ranks}, host {socket.gethostname()})", differing))
+    for _, differences in found:
+        if differences:
+            raise UserError(differences[0])
+    options.values = values | {name: options[name] for name in _OWN_OPTIONS}
+    return args, [name for node, (name, _) in enumerate(found[:: ranks.processes]) if node != ranks.node]
 
 
-def _card(ranks: Ranks, options: Options) -> dict:
-    """A node's name, and what the nodes compare before they start."""
+def _software() -> dict[str, str]:
+    """The versions of PyTorch and of this program."""
     root = Path(__file__).parents[1]
     inside = [path for folder in ("data", "models", "utils") for path in (root / folder).rglob("*")]
     program = hashlib.sha256()
     for path in sorted([*root.glob("*.py"), *(path for path in inside if path.suffix in (".py", ".cpp", ".h"))]):
         program.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    first, last = ranks.rank(0), ranks.rank(ranks.processes - 1)
-    own_ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
-    names = [option.name for title in ("model", "data", "training", "curriculum") for option in options.groups[title]]
-    return {
-        "name": f"node {ranks.node} ({own_ranks}, host {socket.gethostname()})",
-        "software": {"PyTorch": torch.__version__, "this program (digest of its sources)": program.hexdigest()[:12]},
-        "values": {f"--{name}": options[name] for name in names},
-        "given": {f"--{name}": options[name] for name in names if name in options.given},
-    }
-
-
-def _difference(cards: list[dict]) -> str | None:
-    """In what a node differs from node 0, though it must not."""
-    same = cards[0]["software"] | cards[0]["values"]
-    for node, card in enumerate(cards):
-        for what, value in (card["software"] | card["given"]).items():
-            if value != same.get(what):
-                return f"{what} is {same.get(what)} on node 0 and {value} on node {node}; all nodes need the same"
-    return None
-
-
-def _no_answer(who: str, options: Options) -> str:
-    return f"error: no answer from {who}{_remedy(options)}"
+    return {"PyTorch": torch.__version__, "this program (digest of its sources)": program.hexdigest()[:12]}
 
 
 def _remedy(options: Options) -> str:

@@ -27,26 +27,19 @@ class EpochMetrics:
     def __init__(self, device: torch.device, running: Mapping[str, float]):
         running = dict(running)
         self._start = time.perf_counter() - running.pop("seconds", 0.0)
-        self._names = list(running)
         # Rank 0 alone continues the sums; those of the other processes are added to them.
-        values = [value if distributed.is_main() else 0.0 for value in running.values()]
-        self._sums = torch.tensor(values, dtype=torch.float64, device=device)
+        own = running if distributed.is_main() else dict.fromkeys(running, 0.0)
+        self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in own.items()}
 
     def add(self, samples: int, sums: Mapping[str, Tensor]) -> None:
         """Add sums over `samples` samples of this process (scalars, detached here), the same names at every step."""
-        names = ["samples", *sums]
-        values = torch.stack([total.detach().double() for total in sums.values()])
-        values = torch.cat([values.new_tensor([samples]), values])
-        if not self._names:
-            self._names, self._sums = names, torch.zeros_like(values)
-        if names != self._names:
-            raise UserError("the checkpoint's sums over its unfinished epoch are not those of this program; use another one")
-        self._sums += values
+        for name, total in (sums | {"samples": sums["loss"].new_tensor(samples)}).items():
+            self._sums[name] = self._sums.get(name, 0) + total.detach().double()
 
     def totals(self) -> dict[str, float]:
         """Sums over the samples of all processes, and the seconds that they took."""
-        sums = distributed.all_reduce_sum(self._sums).tolist()
-        return dict(zip(self._names, sums, strict=True)) | {"seconds": time.perf_counter() - self._start}
+        sums = distributed.all_reduce(torch.stack(list(self._sums.values()))).tolist()
+        return dict(zip(self._sums, sums, strict=True)) | {"seconds": time.perf_counter() - self._start}
 
     def means(self) -> dict[str, float]:
         """Means over the samples of all processes, and the seconds that they took."""
@@ -56,9 +49,8 @@ class EpochMetrics:
 
     def shown(self) -> dict[str, float]:
         """Loss and accuracy so far of this process."""
-        sums = dict(zip(self._names, self._sums.tolist(), strict=True))
-        samples = max(sums["samples"], 1)  # its shard of the first batch may be empty
-        return {"loss": sums["loss"] / samples, "accuracy": 100 * sums["accuracy"] / samples}
+        samples = max(self._sums["samples"], 1)  # its shard of the first batch may be empty
+        return {"loss": float(self._sums["loss"] / samples), "accuracy": float(100 * self._sums["accuracy"] / samples)}
 
 
 # Files

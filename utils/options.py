@@ -3,8 +3,6 @@
 import argparse
 import difflib
 import functools
-import math
-import operator
 import os
 import re
 import sys
@@ -18,10 +16,12 @@ import yaml
 
 import models
 from models import BACKENDS, NETWORKS, Dynamics, Sizes
+from models.constants import out_of_bounds
 from models.h_mem import RULES
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
 from models.recurrent_spiking import AdaptiveLIFNeuron
+from utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,17 @@ class Option:
         converted = _CONVERTERS.get(self.kind, self.kind)(value)
         if self.choices and converted not in self.choices:
             raise ValueError(f"must be one of {', '.join(map(str, self.choices))}, not {short(value)}")
-        bounds = (
-            (self.low, operator.lt, "at least"),
-            (self.above, operator.le, "greater than"),
-            (self.high, operator.gt, "at most"),
-        )
         for number in converted if isinstance(converted, tuple) else (converted,):
-            for bound, is_beyond, words in bounds:
-                if bound is not None and is_beyond(number, bound):
-                    raise ValueError(f"must be {words} {bound:.10g}, not {number}")
+            if isinstance(number, (int, float)) and (wrong := out_of_bounds(number, self.low, self.above, self.high)):
+                raise ValueError(wrong)
         return converted
 
 
 def _to_number(kind: type, name: str, value: Any) -> int | float:
     try:
-        number = kind(str(value))
+        return kind(str(value))
     except ValueError:
         raise ValueError(f"must be a {name}, not {short(value)}") from None
-    if kind is float and not math.isfinite(number):
-        raise ValueError(f"must be finite, not {value}")
-    return number
 
 
 def _to_bool(value: Any) -> bool:
@@ -246,24 +237,23 @@ class Options:
         """Samples of a training step: --batch_size counts per node."""
         return self["batch_size"] * self.nodes
 
-    def combination_error(self) -> str | None:
-        """What is impossible about the options together, with the remedy."""
+    def check_combination(self) -> None:
+        """Raises UsageError for what is impossible about the options together, with the remedy."""
         if absent := sorted(absent_options(self["network"]) & self.given):
-            return f"--{', --'.join(absent)}: --network {self['network']} has no such option; leave that out"
+            raise UsageError(f"--{', --'.join(absent)}: --network {self['network']} has no such option; leave that out")
         longest, classes = max(self.all_lengths), self["num_classes"]
         if longest > classes:
-            return (
+            raise UsageError(
                 f"--sequence_length {longest} is more than --num_classes {classes}: labels are drawn without replacement; "
                 "raise --num_classes or shorten the sequence"
             )
         if self.values.get("evaluate", True):  # plotting does not train either
-            return None
+            return
         for name in ("curriculum_start", "mixed_lengths"):
             if self[name] > longest:
-                return f"--{name} {self[name]} is more than --sequence_length {longest}"
+                raise UsageError(f"--{name} {self[name]} is more than --sequence_length {longest}")
         if len(self.all_lengths) > 1:
-            return "--sequence_length: several lengths are for --evaluate; training takes one"
-        return None
+            raise UsageError("--sequence_length: several lengths are for --evaluate; training takes one")
 
     def to_yaml(self) -> str:
         """What is recorded of them, in groups; --config reads it again."""
@@ -306,7 +296,7 @@ _Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of a table of options and `--config`, which reports an error in one line."""
+    """A parser of a table of options and `--config`. Raises UsageError, in one line, for what is wrong."""
 
     def __init__(self, description: str, groups: Mapping[str, Sequence[Option]]):
         super().__init__(
@@ -338,11 +328,10 @@ class Parser(argparse.ArgumentParser):
                     group.add_argument(f"--no_{option.name}", **off)
 
     def error(self, message: str) -> NoReturn:
-        in_one_line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {in_one_line} (--help lists the options)\n")
+        raise UsageError(" ".join(message.split()))
 
     def parse(self, argv: Sequence[str] | None = None) -> Options:
-        """Options from defaults, then `--config`, then the command line. Exits with 2 and one line for what is wrong."""
+        """Options from defaults, then `--config`, then the command line."""
         argv = sys.argv[1:] if argv is None else argv
         words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
         parsed, unknown = self.parse_known_args(words)

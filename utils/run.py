@@ -1,7 +1,6 @@
 """The folder of a run: its options, its checkpoints, its metrics; and the checkpoint that a run continues."""
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import platform
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -25,6 +24,29 @@ OPTIONS = "options.yaml"
 METRICS = "metrics.jsonl"
 TABLE = "accuracy_by_length.csv"
 LOCK = ".lock"
+
+
+def lock(folder: Path, name: str) -> IO | None:
+    """Make a folder and lock it by a file in it; None while another process holds the lock.
+
+    The system releases it when it is closed, here and in every process that inherits it, however they end.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / name, "a")  # noqa: SIM115, the caller closes it
+    except OSError as failure:
+        raise UserError(f"--output_dir {folder}: cannot be used ({failure.strerror}); choose another folder") from failure
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        print(f"warning: --output_dir {folder}: no locks there; see that no other training uses it", flush=True)
+    return file
 
 
 class Run:
@@ -44,24 +66,14 @@ class Run:
     def lock(self) -> None:
         """Make the folder and keep other trainings out of it, for as long as this object and its process live.
 
-        The system releases the lock when the process ends, however it ends.
-
         Raises:
             UserError: the folder cannot be made or written to, or another training holds it.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / LOCK, "a")  # noqa: SIM115, to be closed with this object
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._lock = lock(self.folder, LOCK)
+        if not self._lock:
             raise UserError(
                 f"--output_dir {self.folder}: another training is writing into it; wait for its end or choose another folder"
-            ) from None
-        except OSError as failure:
-            if failure.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                reason = failure.strerror
-                raise UserError(f"--output_dir {self.folder}: cannot be used ({reason}); choose another folder") from failure
-            print(f"warning: --output_dir {self.folder}: no locks there; see that no other training uses it", flush=True)
+            )
         for name in (OPTIONS, METRICS, checkpoints.LAST, checkpoints.BEST):
             checkpoints.remove_left_behind(self.folder / name)
 
@@ -122,7 +134,8 @@ class Run:
             except (OSError, UnicodeDecodeError):
                 pass  # a published checkpoint, or one that was copied
         at, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(["python", *sys.argv])
-        entries.append(f"# {'resumed' if resumed else 'started'} {at} {how}; {versions()}")
+        program = f"commit {commit()}, Python {platform.python_version()}, PyTorch {torch.__version__}"
+        entries.append(f"# {'resumed' if resumed else 'started'} {at} {how}; host {socket.gethostname()}, {program}")
         entries.append(f"#   {''.join(c if c.isprintable() else '?' for c in command)}")
         text = "\n".join(entries) + "\n\n" + options.to_yaml()
         checkpoints.write_atomically(self.folder / OPTIONS, lambda file: file.write(text.encode(errors="replace")))
@@ -138,12 +151,6 @@ class Run:
         last = self.folder / checkpoints.LAST
         checkpoints.save(last, checkpoint)
         return last
-
-
-def versions() -> str:
-    """The program and the machine that it runs on."""
-    python = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-    return f"host {socket.gethostname()}, commit {commit()}, {python}"
 
 
 def commit() -> str:

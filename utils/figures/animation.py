@@ -1,7 +1,5 @@
 """One sample in a trained network, in time: inputs, spikes, the memory as it changes, the readout as it decides."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,6 @@ from utils.figures.style import BLACK, GREEN, LIGHT_GREY, TWO_COLUMNS, new_figur
 
 FRAMES, FRAME_MS, LAST_FRAME_MS = 110, 100, 3000  # number of frames, and how long each is shown
 DOTS_PER_INCH = 120
-
-
-def video_formats() -> tuple[str, ...]:
-    """The formats of animations that can be written here."""
-    return ("gif", "mp4") if shutil.which("ffmpeg") else ("gif",)
 
 
 def frame_times(duration_ms: int) -> np.ndarray:
@@ -99,21 +92,7 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
 
 
 def save_animation(frames: list[Image.Image], path: Path) -> None:
-    """Write frames as GIF or, by ffmpeg, as MP4.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    if path.suffix.lower() == ".gif":
-        palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)  # one for all: what does not change then costs nothing
-        first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-        first.save(path, append_images=others, save_all=True, loop=0, duration=[*[FRAME_MS] * len(others), LAST_FRAME_MS])
-        return
-    held = [frames[-1]] * (LAST_FRAME_MS // FRAME_MS)
-    width, height = frames[0].size
-    source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {1000 / FRAME_MS} -i -"
-    film = "-pix_fmt yuv420p -vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -r 25"
-    command = ["ffmpeg", "-y", "-loglevel", "error", *source.split(), *film.split(), str(path)]
-    done = subprocess.run(command, input=b"".join(frame.tobytes() for frame in [*frames, *held]), capture_output=True)
-    if done.returncode:
-        raise OSError(f"ffmpeg: {' '.join(done.stderr.decode(errors='replace').split())}")
+    """Write frames as GIF. Raises OSError where the file cannot be written."""
+    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)  # one for all: what does not change then costs nothing
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first.save(path, append_images=others, save_all=True, loop=0, duration=[*[FRAME_MS] * len(others), LAST_FRAME_MS])

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from utils.errors import UsageError, UserError
-from utils.figures.animation import save_animation, video_formats
+from utils.figures.animation import save_animation
 from utils.figures.style import styled
 
 # Format -> dots per inch (in vector files only rasters have any), and metadata: a date would make each file another one.
@@ -32,11 +32,10 @@ def choose_files(figures: dict[str, Sequence[str]], output: str, kind: str) -> d
     if is_file and len(figures) > 1:
         raise UsageError(f"--output {output}: a file holds one figure; choose with --figure {', '.join(figures)}")
     for name, sources in figures.items():
-        kinds = video_formats() if name == "animation" else tuple(FORMATS)
+        kinds = ("gif",) if name == "animation" else tuple(FORMATS)
         if is_file:
             if target.suffix[1:].lower() not in kinds:
-                hint = " (or .mp4, where ffmpeg is installed)" if kinds == ("gif",) else ""
-                raise UsageError(f"--output {output}: must be a folder or end in {', '.join(f'.{k}' for k in kinds)}{hint}")
+                raise UsageError(f"--output {output}: must be a folder or end in {', '.join(f'.{k}' for k in kinds)}")
             files[target] = name
             continue
         folder, prefix = (target, "") if output else beside(sources)
