@@ -51,7 +51,7 @@ def main(argv=None) -> int:
     if unknown := [name for name in args.names if name not in results]:
         raise UserError(f"{args.runs}: no run {', '.join(unknown)}; there are {', '.join(results)}")
     if untested := [name for name in args.names if summary(results[name])["test_accuracy"] is None]:
-        raise UserError(f"{args.runs}: {', '.join(untested)} not tested yet; sweep.py --test_only tests it")
+        raise UserError(f"{args.runs}: {', '.join(untested)} not tested yet; let the sweep finish")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         export(args.runs / name / checkpoints.BEST, args.output_dir / file_name(name))

@@ -71,16 +71,16 @@ def prepare_backend(model: nn.Module, device_type: str) -> tuple[str, dict[str, 
     return model.prepare_backend(device_type) if isinstance(model, MemorizingAssociations) else ("reference", {})
 
 
-def build_model(options: Mapping[str, Any], backend: str = "auto", **parts: Any) -> nn.Module:
+def build_model(options: Mapping[str, Any], backend: str = "auto", neuron: Any = None, rule: Any = None) -> nn.Module:
     """The network of a mapping of options under their published names (others are ignored, missing ones take their default).
 
     Args:
         options: `network`, one of NETWORKS, and what `network_options` lists.
         backend: one of `models.BACKENDS`; kernels know the published network only.
-        parts: for the published network, a `neuron` or a `rule` in place of its own.
+        neuron, rule: for the published network, in place of its own: objects with the same methods.
 
     Raises:
-        ValueError: unknown network or backend, or a constant out of bounds.
+        ValueError: unknown network or backend, a constant out of bounds, or a part for a network that takes none.
         models.BackendError: a kernel is asked for by name to run another network than the published one.
     """
     name = options.get("network", DEFAULT)
@@ -89,6 +89,9 @@ def build_model(options: Mapping[str, Any], backend: str = "auto", **parts: Any)
     backends.check_name(backend)
     if name != DEFAULT and backend not in ("auto", "reference"):
         raise backends.BackendError(f"backend {backend}: it runs {DEFAULT} only, and {name} is plain PyTorch: use auto")
+    parts = {part: given for part, given in {"neuron": neuron, "rule": rule}.items() if given is not None}
+    if parts and name != DEFAULT:
+        raise ValueError(f"{', '.join(parts)}: {DEFAULT} alone takes another one; change {name} itself")
     chosen = {"backend": backend} if name == DEFAULT else {}
     for argument, default in _arguments(name).items():
         chosen[argument] = _filled(default, options, parts) if is_dataclass(default) else options.get(argument, default)

@@ -17,6 +17,7 @@ import memorizing_associations_task as task
 import models
 import plot_memorizing_associations_task as plot
 from models.networks import NETWORKS, network_options
+from models.neurons import LIFNeuron
 from utils import checkpoints
 from utils.options import network_defaults
 
@@ -161,6 +162,11 @@ def test_each_option_is_of_a_network():
         models.build_model({"network": "hebbian"})
     with pytest.raises(models.BackendError, match="cpp: it runs hebbian_snn only"):
         models.build_model({"network": "lstm"}, "cpp")
+    for network in models.NETWORKS.keys() - {"hebbian_snn"}:
+        with pytest.raises(ValueError, match="neuron: hebbian_snn alone takes another one"):
+            models.build_model({"network": network}, neuron=LIFNeuron())
+    with pytest.raises(TypeError, match="nuron"):
+        models.build_model({}, nuron=LIFNeuron())
 
 
 # The task script
