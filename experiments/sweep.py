@@ -132,7 +132,7 @@ class Job:
     def refuse_another_run(self) -> None:
         """See that no run stands in the folder that is of other options; more epochs continue one."""
         if (self.folder / OPTIONS).exists():
-            record = read_yaml(self.folder / OPTIONS) | {"epochs": max(self.epochs_done(), self.options["epochs"])}
+            record = (read_yaml(self.folder / OPTIONS) or {}) | {"epochs": max(self.epochs_done(), self.options["epochs"])}
             if differences := self.differences(record):
                 other = f"is another run: {', '.join(differences)}; choose another --output_dir or group name"
                 raise UserError(f"{self.folder}: {other}")
@@ -155,7 +155,7 @@ def read_yaml(path: Path) -> Any:
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror}") from failure
     except (yaml.YAMLError, UnicodeDecodeError) as failure:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(failure).split())})") from failure
+        raise UserError(f"{path}: not a YAML file ({' '.join(str(failure).split())}); correct or remove it") from failure
 
 
 def read_sweep(path: Path, output_dir: Path) -> list[Job]:

@@ -43,7 +43,7 @@ def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
         except (UserError, models.BackendError) as error:
             message = str(error)
         except OSError as failure:
-            message = f"{failure.filename}: {failure.strerror}"
+            message = f"{failure.filename}: {failure.strerror}" if failure.filename else str(failure)
         print(f"error: {message}", file=sys.stderr)
         return 1
 

@@ -39,7 +39,7 @@ from utils.options import CURRICULUM, DATA, MODEL, TRAINING, Options
 
 _OWN_OPTIONS = ("rank", "gpu", "device")  # each process keeps its own; all other options are those of rank 0
 _MOMENT = 2.0  # seconds that a process which lost another one waits before it ends, so that the cause is seen first
-_ANOTHER = "another process"
+_NO_ANSWER = "error: no answer from"
 _GRACE = 4.0  # seconds for the processes of a node to end by themselves after one of them failed
 
 # Why processes do not meet: what PyTorch raises, and what it means.
@@ -211,10 +211,10 @@ def _run_children(job: Callable[..., int], ranks: Ranks, options: Options, args:
     stuck = [rank for rank, process in enumerate(children.processes) if process.exitcode == -SIGKILL]
     if dead.exit_code == 1 and reader.poll():
         message = reader.recv()
-        if stuck:
-            message = message.replace(_ANOTHER, f"rank {ranks.rank(stuck[0])}")
+        if stuck and message.startswith(_NO_ANSWER):  # the others knew no better
+            message = f"{_NO_ANSWER} rank {ranks.rank(stuck[0])}{_remedy(options)}"
     elif options["dist_backend"] == "nccl" and dead.exit_code == -SIGABRT:  # so NCCL gives up
-        message = f"error: no answer from {_ANOTHER}{_remedy(options)}"
+        message = f"{_NO_ANSWER} another process{_remedy(options)}"
     else:
         how = f"was killed by {dead.signal_name}" if dead.signal_name else f"ended with status {dead.exit_code}"
         process = f"rank {ranks.rank(dead.error_index)} (process {dead.error_pid} on {socket.gethostname()})"
@@ -243,8 +243,8 @@ def _child(local_rank: int, job: Callable[..., int], ranks: Ranks, options: Opti
     except Exception as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             time.sleep(_MOMENT)
-            who = others[0] if len(others) == 1 else _ANOTHER  # PyTorch does not name it
-            tell(f"error: no answer from {who}{_remedy(options)}")
+            who = others[0] if len(others) == 1 else "another process"  # PyTorch does not name it
+            tell(f"{_NO_ANSWER} {who}{_remedy(options)}")
         else:
             cause = f"rank {rank} failed: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
             tell(f"{traceback.format_exc()[-3000:]}error: {cause}{_remedy(options)}")
