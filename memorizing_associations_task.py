@@ -162,7 +162,9 @@ def train_epoch(network, optimizer, state: TrainState, options, device, progress
     """Train from `state` to the end of its epoch. Returns the means over the epoch, or None if a signal came before its end:
     then `state` says where."""
     epoch, samples = state.epoch, data.TRAINING_SAMPLES
-    learning_rate = options["learning_rate"] * options["learning_rate_decay"] ** (epoch // options["decay_learning_rate_every"])
+    falls = epoch // options["decay_learning_rate_every"]
+    learning_rate = options["learning_rate"] * options["learning_rate_decay"] ** falls
+    l2 = options["l2"] * options["l2_decay"] ** falls if epoch > 0 else 0.0
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     metrics = EpochMetrics(device, state.running)
@@ -171,7 +173,7 @@ def train_epoch(network, optimizer, state: TrainState, options, device, progress
     for (start, stop), batch in zip(ranges, training_batches(ranges, epoch, options), strict=True):
         where = f"epoch {epoch + 1}, step {start // batch_size + 1}"
         with out_of_memory_in_one_line(options["batch_size"]):
-            sums = train_step(network, optimizer, batch.to(device), stop - start, epoch, options, where)
+            sums = train_step(network, optimizer, batch.to(device), stop - start, l2, options, where)
         metrics.add(len(batch), sums)
         progress.step(stop - start, f"epoch {epoch + 1}", samples - stop, metrics.shown)
         if stop < samples and distributed.all_reduce_max(interruption.status):
@@ -203,9 +205,10 @@ def training_batches(ranges: list[tuple[int, int]], epoch: int, options: Options
 
 
 def train_step(
-    network, optimizer, batch: data.Samples, batch_size: int, epoch: int, options: Options, where: str
+    network, optimizer, batch: data.Samples, batch_size: int, l2: float, options: Options, where: str
 ) -> dict[str, Tensor]:
-    """One step on this process's shard `batch` of a batch of `batch_size` samples. Returns sums over the shard's samples.
+    """One step on this process's shard `batch` of a batch of `batch_size` samples, `l2` times the rate regularization added to
+    the loss. Returns sums over the shard's samples.
 
     Raises:
         UserError: on every process, the step not applied, where the loss or the gradient of one is not finite.
@@ -217,8 +220,8 @@ def train_step(
     if output.rates:  # the network has spikes
         mean_rates = distributed.batch_mean(output.rates, batch_size)
         regularization = models.rate_regularization(mean_rates, options["target_rate"])
-    if epoch > 0:
-        loss = loss + options["l2"] * regularization
+    if l2:
+        loss = loss + l2 * regularization
 
     optimizer.zero_grad()
     (loss * distributed.world_size()).backward()  # DistributedDataParallel takes the mean over the processes

@@ -1,6 +1,7 @@
 """Sweeps, the table of the committed results, and the committed networks."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -103,6 +104,8 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
     assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs"), "--jobs", "1"]) == 0
     assert "1 of 1 runs done, 0 failed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    (job,) = sweep.read_sweep(path, tmp_path / "runs")
+    assert job.is_tested() and not dataclasses.replace(job, test_lengths=(1, 2)).is_tested(), "tested at these lengths"
     (result,) = runs.read_results(tmp_path / "runs")
     assert summarize.summary(result)["state"] == "finished"
 

@@ -80,8 +80,9 @@ def stub(monkeypatch):
     seen = Stub()
     seen.steps, seen.splits, evaluation_set = [], [], data.evaluation_set
 
-    def train_step(network, optimizer, batch, batch_size, epoch, options, where):
-        seen.steps.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "batch_size": batch_size, "batch": batch})
+    def train_step(network, optimizer, batch, batch_size, l2, options, where):
+        epoch, lr = int(re.match(r"epoch (\d+)", where)[1]) - 1, optimizer.param_groups[0]["lr"]
+        seen.steps.append({"epoch": epoch, "lr": lr, "l2": l2, "batch_size": batch_size, "batch": batch})
         sums = {"loss": torch.tensor(float(len(batch) ** 2)), "accuracy": torch.tensor(len(batch) // 2)}
         rates = {"read_value": torch.tensor(seen.rates * len(batch))}
         return sums | {"regularization": torch.tensor(7.0 * len(batch))} | rates
@@ -113,7 +114,7 @@ def refuse(capsys, *arguments, status=1, main=task.main):
 
 def test_two_training_steps_are_those_of_the_equations():
     """Cross entropy, from the second epoch on the regularization, clipping that acts, Adam: written again in plain PyTorch."""
-    options = parse("--num_time_steps", 30, "--max_grad_norm", 0.05, "--l2", 1e-4, "--target_rate", 3)
+    options = parse("--num_time_steps", 30, "--max_grad_norm", 0.05, "--target_rate", 3)
     torch.manual_seed(4)
     model, twin = (models.build_model(options.values, "reference").double() for _ in range(2))
     twin.load_state_dict(model.state_dict())
@@ -122,7 +123,7 @@ def test_two_training_steps_are_those_of_the_equations():
     for step, epoch in enumerate((0, 1), start=1):
         batch = data.training_samples(9 * step, 9 * step + 9, epoch, **data.sizes(options))
         batch = data.Samples(batch.features.double(), batch.labels, batch.query.double(), batch.answer)
-        sums = task.train_step(model, optimizer, batch, 9, epoch, options, "here")
+        sums = task.train_step(model, optimizer, batch, 9, 1e-4 if epoch else 0.0, options, "here")
 
         output = twin(batch.features, batch.labels, batch.query)
         terms = -output.logits.log_softmax(1)[torch.arange(9), batch.answer]
@@ -155,9 +156,10 @@ def test_the_loop_takes_every_sample_once_and_weighs_the_last_smaller_batch(stub
     assert first | {"epoch": 2} == second
 
 
-def test_learning_rate_of_every_epoch(stub, tmp_path):
-    words = "--learning_rate 0.8 --learning_rate_decay 0.5 --decay_learning_rate_every 2".split()
+def test_learning_rate_and_strength_of_the_regularization_in_every_epoch(stub, tmp_path):
+    words = "--learning_rate 0.8 --learning_rate_decay 0.5 --decay_learning_rate_every 2 --l2 8 --l2_decay 0.25".split()
     assert train(tmp_path, *words, epochs=5) == 0
+    assert [step["l2"] for step in stub.steps[::3]] == [0, 8, 2, 2, 0.5]
     assert [step["lr"] for step in stub.steps[::3]] == [0.8, 0.8, 0.4, 0.4, 0.2]
     assert [line["learning_rate"] for line in history(tmp_path)] == [0.8, 0.8, 0.4, 0.4, 0.2]
 

@@ -136,6 +136,7 @@ TRAINING = (
     Option("decay_learning_rate_every", 20, int, "after every this many epochs", low=1),
     Option("max_grad_norm", 40.0, float, "clip the norm of the gradient; 0 or less: off"),
     Option("l2", 1e-5, float, "strength of the activity regularization, from the second epoch on", low=0),
+    Option("l2_decay", 1.0, float, "factor by which that falls whenever the learning rate does", above=0, high=1),
     Option("target_rate", 0.0, float, "its target firing rate, Hz", low=0),
     Option("seed", None, int, "seed of the initial weights; none: draw and report one", low=0, high=2**63 - 1, optional=True),
     Option("start_epoch", 0, int, "number of the first epoch of a new run", low=0),
@@ -199,7 +200,7 @@ def network_defaults(network: str) -> dict[str, Any]:
 def absent_options(network: str) -> frozenset[str]:
     """The names of the options that a network does not have."""
     absent = {option.name for option in MODEL} - {"sequence_length", "network"} - models.network_options(network).keys()
-    return frozenset(absent if models.spikes(network) else absent | {"l2", "target_rate"})  # there are no rates to regularize
+    return frozenset(absent if models.spikes(network) else absent | {"l2", "l2_decay", "target_rate"})  # there are no rates to regularize
 
 
 @dataclass
