@@ -80,6 +80,7 @@ def summary(result: Result) -> dict[str, Any]:
         "best_validation_accuracy": validation[best] if metrics else None,
         "best_epoch": best + 1 if metrics else None,
         "test_accuracy": accuracy_at(result, options["sequence_length"]),
+        "minutes": round(sum(line.get("seconds", 0) for line in metrics) / 60, 1) or None,
     } | {f"{name}_rate": round(metrics[-1][name], 2) if metrics and name in metrics[-1] else None for name in SHOWN_RATES}
 
 
@@ -124,6 +125,7 @@ def way_of_training(options: dict[str, Any]) -> str:
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """A line for the seeds of a group that are trained alike; table.csv has each."""
     head = "group", "pairs", "classes", "training", "epochs", "seeds", "learned", "validation %", "test %", "each seed's test %"
+    head += ("minutes",)
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     alike: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
@@ -138,14 +140,18 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         )
         tests = [row["test_accuracy"] for row in seeds]
         each = ", ".join("not tested" if test is None else f"{test:.2f}" for test in tests)
+        minutes = [row["minutes"] for row in seeds if row["minutes"]]
         numbers = mean_and_deviation([row["best_validation_accuracy"] for row in seeds]), mean_and_deviation(tests), each
+        numbers += (f"{np.mean(minutes):.0f}" if minutes else "",)
         cells = (group, length, classes, training, epochs, ", ".join(str(row["seed"]) for row in seeds), learned, *numbers)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
         "Mean ± standard deviation over the seeds. Validation: the best epoch. Test: published test set, the network "
         "of that epoch. Learned: validation accuracy over halfway from guessing one of the labels shown to 100 %. Silent: the "
-        f"reading values fire at less than {models.SILENT_BELOW} Hz in the last epoch. Each run: table.csv.",
+        f"reading values fire at less than {models.SILENT_BELOW} Hz in the last epoch. Minutes: training and "
+        "validation, mean over the seeds, on shared machines of different speed; the first runs did not record them. Each run: "
+        "table.csv.",
     ]
     return "\n".join(lines) + "\n"
 

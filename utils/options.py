@@ -200,7 +200,7 @@ def network_defaults(network: str) -> dict[str, Any]:
 def absent_options(network: str) -> frozenset[str]:
     """The names of the options that a network does not have."""
     absent = {option.name for option in MODEL} - {"sequence_length", "network"} - models.network_options(network).keys()
-    return frozenset(absent if models.spikes(network) else absent | {"l2", "l2_decay", "target_rate"})  # there are no rates to regularize
+    return frozenset(absent if models.spikes(network) else absent | {"l2", "l2_decay", "target_rate"})  # there are no rates
 
 
 @dataclass
