@@ -106,6 +106,8 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
     assert {path: path.stat().st_mtime_ns for path in before} == before
     (job,) = sweep.read_sweep(path, tmp_path / "runs")
     assert job.is_tested() and not dataclasses.replace(job, test_lengths=(1, 2)).is_tested(), "tested at these lengths"
+    os.utime(whole / checkpoints.BEST)
+    assert not job.is_tested(), "that network, not the one before it"
     (result,) = runs.read_results(tmp_path / "runs")
     assert summarize.summary(result)["state"] == "finished"
 

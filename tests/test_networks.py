@@ -228,7 +228,7 @@ def test_a_network_has_its_own_options_and_defaults(capsys):
     task.main(["--network", "h_mem", "--print_options"])
     record = yaml.safe_load(capsys.readouterr().out)
     assert (record["gamma_pos"], record["gamma_neg"], record["learning_rate"]) == (0.1, 0.1, 0.001)
-    assert not {"thr", "readout_delay", "l2", "positions"} & record.keys()
+    assert not {"thr", "readout_delay", "l2", "l2_decay", "positions"} & record.keys()
     assert network_defaults("hebbian_snn")["gamma_pos"] == 0.3
     assert refuse(capsys, "--network", "lstm", "--thr", "0.2", status=2).endswith(
         "--thr: --network lstm has no such option; leave that out (--help lists the options)"
