@@ -9,6 +9,7 @@ Runs are read from their folders, or from where --copy kept them (see utils/resu
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from utils.options import CURRICULUM, DATA, MODEL, TRAINING, network_defaults
 from utils.results import GROUP, Result, columns, read_results, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
-# The groups of accuracy_against_length, and their labels.
+# The groups in the figures of accuracy, and their labels; where there are none of them: all groups.
 LINES = {
     "recipe_tuned": "recipe, rule tuned",
     "recipe": "recipe",
-    "curriculum": "published options, curriculum",
-    "published": "published options",
+    "published": "published options, 30 to 250 epochs",
+    "ood_recipe_tuned": "recipe, rule tuned",
+    "ood_recipe": "recipe",
+    "ood_curriculum": "published options, curriculum, 12 epochs",
+    "ood_published": "published options, 15 epochs",
 }
 # What a run may differ in without being trained in another way.
 _NOT_A_WAY_OF_TRAINING = {"sequence_length", "num_classes", "seed", "epochs", "workers", "prefetch_factor", "start_epoch"}
@@ -129,7 +133,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     alike: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        group = row["run"].rpartition("/")[0]
+        group = group_of(row["run"])
         alike.setdefault((group, row["sequence_length"], row["num_classes"], row["training"], row["of_epochs"]), []).append(row)
     for (group, length, classes, training, of_epochs), seeds in alike.items():
         unfinished = [f"seed {row['seed']}: {row['epochs']}, unfinished" for row in seeds if row["state"] == "unfinished"]
@@ -178,7 +182,20 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
     # Out of distribution: with as many classes as pairs, longer sequences than those trained on do not exist.
     apart = [r for r in results if len(r.tests) > 1 and r.options["num_classes"] > r.options["sequence_length"]]
     if apart:
-        yield "accuracy_by_tested_length", curves.accuracy_by_length([tested_lengths(result) for result in apart])
+        labels = line_labels(group_of(result.name) for result in apart)
+        runs = [(result, label) for group, label in labels.items() for result in apart if group_of(result.name) == group]
+        yield "accuracy_by_tested_length", curves.accuracy_by_length([tested_lengths(*run) for run in runs])
+
+
+def group_of(run: str) -> str:
+    """Of `group/run`."""
+    return run.rpartition("/")[0]
+
+
+def line_labels(groups: Iterable[str]) -> dict[str, str]:
+    """Labels of those in LINES; where there are none of them, every group is its own label."""
+    groups = dict.fromkeys(groups)
+    return {group: label for group, label in LINES.items() if group in groups} or {group: group for group in groups}
 
 
 def training_curves(result: Result) -> curves.Curves:
@@ -187,9 +204,10 @@ def training_curves(result: Result) -> curves.Curves:
     return curves.Curves(label, columns(result.metrics), result.options["num_classes"])
 
 
-def tested_lengths(result: Result) -> curves.Curves:
+def tested_lengths(result: Result, label: str) -> curves.Curves:
     options = result.options
-    return curves.Curves(way_of_training(options), columns(result.tests), options["num_classes"], options["sequence_length"])
+    label = label or way_of_training(options)  # a run without a group
+    return curves.Curves(label, columns(result.tests), options["num_classes"], options["sequence_length"])
 
 
 @styled
@@ -199,8 +217,8 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["test_accuracy"] is not None:
-            groups.setdefault(row["run"].rpartition("/")[0], []).append(row)
-    labels = {group: words for group, words in LINES.items() if group in groups} or {group: group for group in groups}
+            groups.setdefault(group_of(row["run"]), []).append(row)
+    labels = line_labels(groups)
     figure = new_figure(ONE_COLUMN, 70)
     ax = figure.subplots()
     for (group, label), colour in zip(labels.items(), SERIES * len(labels), strict=False):
