@@ -128,8 +128,8 @@ def way_of_training(options: dict[str, Any]) -> str:
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """A line for the seeds of a group that are trained alike; table.csv has each."""
-    head = "group", "pairs", "classes", "training", "epochs", "seeds", "learned", "validation %", "test %", "each seed's test %"
-    head += ("minutes",)
+    head = "group", "pairs", "classes", "training", "epochs", "seeds", "learned"
+    head += "validation %", "test %", "each seed's test %", "minutes"
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     alike: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
@@ -145,9 +145,9 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         tests = [row["test_accuracy"] for row in seeds]
         each = ", ".join("not tested" if test is None else f"{test:.2f}" for test in tests)
         minutes = [row["minutes"] for row in seeds if row["minutes"]]
-        numbers = mean_and_deviation([row["best_validation_accuracy"] for row in seeds]), mean_and_deviation(tests), each
-        numbers += (f"{np.mean(minutes):.0f}" if minutes else "",)
-        cells = (group, length, classes, training, epochs, ", ".join(str(row["seed"]) for row in seeds), learned, *numbers)
+        cells = group, length, classes, training, epochs, ", ".join(str(row["seed"]) for row in seeds), learned
+        cells += mean_and_deviation([row["best_validation_accuracy"] for row in seeds]), mean_and_deviation(tests), each
+        cells += (f"{np.mean(minutes):.0f}" if minutes else "",)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",

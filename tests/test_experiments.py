@@ -180,6 +180,20 @@ def test_the_table_is_that_of_the_raw_metrics(folder):
     assert (folder / "table.md").read_text(encoding="utf-8") == summarize.to_markdown(rows)
 
 
+def test_the_figures_of_accuracy_have_a_line_for_each_recipe_and_the_published_options():
+    results = [result for result in runs.read_results(RESULTS) if result.name.split("/")[0] in (*summarize.LINES, "ood_mixed")]
+    rows = [summarize.summary(result) for result in results]
+    drawn = dict(summarize.figures(results, rows))
+    against, by_tested = drawn["accuracy_against_length"].axes[0], drawn["accuracy_by_tested_length"]
+    lines = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in against.lines if line.get_label()[0] != "_"}
+    mine = [row["test_accuracy"] for row in rows if row["run"].startswith("recipe/") and row["sequence_length"] == 10]
+    assert lines.keys() == {*list(summarize.LINES.values())[:3], "chance: one of the labels shown"}
+    assert len(mine) >= 3 and lines["recipe"][10] == pytest.approx(sum(mine) / len(mine))
+    legend = [text.get_text() for text in by_tested.legends[0].texts]
+    assert [text.split(" (")[0] for text in legend[:4]] == list(summarize.LINES.values())[3:]
+    assert summarize.line_labels(["b", "a", "b"]) == {"b": "b", "a": "a"}
+
+
 def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_length():
     assert runs.to_csv([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
     run = runs.Result("group/run", {}, [], [], [{"sequence_length": "20", "accuracy": "50.0"}])
@@ -196,7 +210,7 @@ def test_a_damaged_run_is_named(tmp_path):
 
 
 def test_a_committed_network_scores_what_the_table_says(tmp_path):
-    run = "curriculum/sequence_length10-seed1"
+    run = "recipe/sequence_length10-seed2"
     rows = csv.DictReader((RESULTS / "table.csv").read_text(encoding="utf-8").splitlines())
     row = next(row for row in rows if row["run"] == run)
     command = ["--resume", str(PRETRAINED / export.file_name(run)), "--evaluate", "--backend", "cpp", "--device", "cpu"]
