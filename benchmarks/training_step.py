@@ -1,7 +1,7 @@
 """Time and memory of one training step, for each backend, network, sequence length, batch, memory size, number of processes.
 
     python -m benchmarks.training_step --backends cpp reference --batches 64 512
-    python -m benchmarks.training_step --networks pretrained/curriculum-sequence_length10-seed1.pth.tar
+    python -m benchmarks.training_step --networks pretrained/recipe-sequence_length10-seed2.pth.tar
     python -m benchmarks.training_step --backends cpp --batches 512 --processes 1 2
 
 The kernels follow the spikes, so a step costs what the network's activity costs: a new network fires most, a trained one much

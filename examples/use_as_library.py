@@ -51,6 +51,6 @@ def train(path: str, steps: int) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(1)
-    pretrained, steps = sys.argv[1:] or ("pretrained/curriculum-sequence_length20-seed1.pth.tar", "800")
+    pretrained, steps = sys.argv[1:] or ("pretrained/recipe-sequence_length20-seed3.pth.tar", "800")
     recall(pretrained)
     train("my_network.pth.tar", int(steps))

@@ -28,7 +28,7 @@ import models
 from utils import checkpoints
 from utils.errors import in_one_line
 from utils.figures import save
-from utils.figures.style import GREY, SERIES, TWO_COLUMNS, new_figure, styled
+from utils.figures.style import DASHED, DOTTED, GREY, SERIES, TWO_COLUMNS, new_figure, styled
 from utils.metrics import to_csv
 
 DEPRESSION = (0.3, 0.2, 0.1, 0.02, 0.0)
@@ -151,19 +151,26 @@ def draw(tables: dict[str, list[dict]]) -> Figure:
     position, noise, errors = figure.subplots(1, 3)
     names = [row["network"] for row in tables["errors"]]
     colours = dict(zip(names, SERIES * len(names), strict=False))
+    repeated = names[len(SERIES) :]  # in a colour that another has: dashed and hatched
     for name in names:
+        dashes = DASHED if name in repeated else "-"
         for ax, table, x in ((position, "position", "position"), (noise, "noise", "deviation")):
             rows = [row for row in tables[table] if row["network"] == name]
-            ax.plot([row[x] for row in rows], [row["accuracy"] for row in rows], ".-", ms=2, color=colours[name], label=name)
+            points = [row[x] for row in rows], [row["accuracy"] for row in rows]
+            ax.plot(*points, ".", ms=2, ls=dashes, color=colours[name], label=name)
     exact = [row for row in tables["noise"] if row["network"] == max(names, key=lambda name: _length(tables, name))]
-    noise.plot([r["deviation"] for r in exact], [r["nearest"] for r in exact], "--", color=GREY, label="exact memory, longest")
+    points = [row["deviation"] for row in exact], [row["nearest"] for row in exact]
+    noise.plot(*points, ls=DOTTED, color=GREY, label="exact memory, longest")
     kinds = {"of_nearest_vector": "of the\nnearest vector", "of_later_pair": "of a\nlater pair", "label_not_shown": "not shown"}
     width = 0.8 / len(names)
     for number, row in enumerate(tables["errors"]):
         places = np.arange(len(kinds)) + (number - (len(names) - 1) / 2) * width
-        errors.bar(places, [row[kind] for kind in kinds], width, color=colours[row["network"]])
+        hatch = "///" if row["network"] in repeated else None
+        errors.bar(places, [row[k] for k in kinds], width, color=colours[row["network"]], hatch=hatch, ec="white", lw=0)
     errors.set_xticks(range(len(kinds)), kinds.values())
-    position.set(title="Position of the asked pair", xlabel="Position", ylabel="Accuracy (%)", ylim=(0, 103))
+    lowest = np.nanmin([row["accuracy"] for row in tables["position"]])  # a position may have no samples
+    position.set(title="Position of the asked pair", xlabel="Position", ylabel="Accuracy (%)")
+    position.set_ylim(min(lowest // 10 * 10, 90), 101)
     noise.set(title="Noise on the query", xlabel="Standard deviation", ylabel="Accuracy (%)", ylim=(0, 103))
     errors.set(title="Wrong answers: the label", ylabel="Share of errors (%)", ylim=(0, 103))
     figure.legend(*noise.get_legend_handles_labels(), loc="outside lower center", ncols=3)
