@@ -177,8 +177,8 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
     if full:
         yield "accuracy_against_length", accuracy_against_length(full)
     for group in dict.fromkeys(result.name.split("/")[0] for result in begun):
-        members = [training_curves(result) for result in begun if result.name.split("/")[0] == group]
-        yield f"training_{group}", curves.training_curves(members, data.TRAINING_SAMPLES)
+        members = [result for result in begun if result.name.split("/")[0] == group]
+        yield f"training_{group}", curves.training_curves(training_curves(members), data.TRAINING_SAMPLES)
     # Out of distribution: with as many classes as pairs, longer sequences than those trained on do not exist.
     apart = [r for r in results if len(r.tests) > 1 and r.options["num_classes"] > r.options["sequence_length"]]
     if apart:
@@ -198,10 +198,16 @@ def line_labels(groups: Iterable[str]) -> dict[str, str]:
     return {group: label for group, label in LINES.items() if group in groups} or {group: group for group in groups}
 
 
-def training_curves(result: Result) -> curves.Curves:
-    length = result.options["sequence_length"]
-    label = f"{length} pair{'s' * (length > 1)}, {way_of_training(result.options)}"
-    return curves.Curves(label, columns(result.metrics), result.options["num_classes"])
+def training_curves(results: list[Result]) -> list[curves.Curves]:
+    """Labelled by the length and by what is not the same in all of them."""
+    ways = [way_of_training(result.options).split(", ") for result in results]
+    lines = []
+    for result, way in zip(results, ways, strict=True):
+        length = result.options["sequence_length"]
+        own = [words for words in way if not all(words in other for other in ways)]
+        label = ", ".join([f"{length} pair{'s' * (length > 1)}", *own])
+        lines.append(curves.Curves(label, columns(result.metrics), result.options["num_classes"]))
+    return lines
 
 
 def tested_lengths(result: Result, label: str) -> curves.Curves:
