@@ -193,7 +193,7 @@ def test_the_figures_of_accuracy_have_a_line_for_each_recipe_and_the_published_o
     assert [text.split(" (")[0] for text in legend[:4]] == list(summarize.LINES.values())[3:]
     assert summarize.line_labels(["b", "a", "b"]) == {"b": "b", "a": "a"}
     labels = {curve.label for curve in summarize.training_curves([r for r in results if r.name.startswith("recipe/")])}
-    assert {"10 pairs", "30 pairs"} <= labels and all(label.endswith(" pairs") for label in labels), "what all share is left out"
+    assert {"10 pairs", "30 pairs"} <= labels and all(label.endswith(" pairs") for label in labels), "shared words"
 
 
 def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_length():
