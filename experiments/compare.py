@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import data
-from experiments.summarize import accuracy_at, mean_and_deviation
+from experiments.summarize import accuracy_at, group_of, mean_and_deviation
 from utils.errors import in_one_line
 from utils.figures import save
 from utils.figures.curves import draw_repetitions
@@ -56,7 +56,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     groups: dict[str, list[Result]] = {}
     for result in read_results(args.runs):
-        groups.setdefault(result.name.rpartition("/")[0], []).append(result)
+        groups.setdefault(group_of(result.name), []).append(result)
     noise = args.runs / "analysis" / "noise.csv"
     noise_rows = list(csv.DictReader(noise.read_text(encoding="utf-8").splitlines())) if noise.exists() else []
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,11 @@ def outcome(result: Result, learned: int | None) -> str:
 
 def way_of_training(options: dict[str, Any]) -> str:
     """How a run's options differ from the published ones, in words."""
+    return ", ".join(differences(options)) or "published options"
+
+
+def differences(options: dict[str, Any]) -> list[str]:
+    """The same, one by one."""
     words = []
     if options["curriculum_start"]:
         words.append(f"curriculum from {options['curriculum_start']}, {options['curriculum_step']} more each epoch")
@@ -123,7 +128,7 @@ def way_of_training(options: dict[str, Any]) -> str:
         value = options.get(option.name, default)
         if option.name not in shown and value != default:
             words.append(f"{option.name} {value}")
-    return ", ".join(words) or "published options"
+    return words
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
@@ -200,7 +205,7 @@ def line_labels(groups: Iterable[str]) -> dict[str, str]:
 
 def training_curves(results: list[Result]) -> list[curves.Curves]:
     """Labelled by the length and by what is not the same in all of them."""
-    ways = [way_of_training(result.options).split(", ") for result in results]
+    ways = [differences(result.options) for result in results]
     lines = []
     for result, way in zip(results, ways, strict=True):
         length = result.options["sequence_length"]

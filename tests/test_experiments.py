@@ -167,10 +167,10 @@ def test_the_sweep_file_makes_the_runs_that_are_kept():
 def test_the_comparison_is_that_of_the_raw_metrics():
     folder, groups = RESULTS.with_name("comparison"), {}
     for result in runs.read_results(folder):
-        groups.setdefault(result.name.rpartition("/")[0], []).append(result)
+        groups.setdefault(summarize.group_of(result.name), []).append(result)
     assert (folder / "comparison.csv").read_text(encoding="utf-8") == runs.to_csv(compare.table(groups))
     jobs = {job.name for job in sweep.read_sweep(ROOT / "experiments" / "comparison.yaml", Path("runs"))}
-    assert {name.rpartition("/")[0] for name in jobs} >= groups.keys()
+    assert {summarize.group_of(name) for name in jobs} >= groups.keys()
 
 
 @pytest.mark.parametrize("folder", [RESULTS, RESULTS.with_name("comparison")])
@@ -194,6 +194,9 @@ def test_the_figures_of_accuracy_have_a_line_for_each_recipe_and_the_published_o
     assert summarize.line_labels(["b", "a", "b"]) == {"b": "b", "a": "a"}
     labels = {curve.label for curve in summarize.training_curves([r for r in results if r.name.startswith("recipe/")])}
     assert {"10 pairs", "30 pairs"} <= labels and all(label.endswith(" pairs") for label in labels), "shared words"
+    (rising, mixed) = (next(r for r in results if r.name.startswith(group)) for group in ("ood_curriculum", "ood_mixed"))
+    apart = [curve.label for curve in summarize.training_curves([rising, mixed])]
+    assert apart == ["10 pairs, curriculum from 2, 1 more each epoch", "10 pairs, mixed lengths from 2"]
 
 
 def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_length():
