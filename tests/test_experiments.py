@@ -239,6 +239,24 @@ def test_the_analyses_agree_with_each_other_and_with_the_table():
         assert quiet in tables["noise"]
 
 
+def test_more_networks_than_colours_are_told_apart_and_a_position_may_have_no_samples():
+    names = [str(number) for number in range(8)]
+    positions = [{"position": position, "accuracy": accuracy} for position, accuracy in ((1, 73.0), (2, float("nan")))]
+    noise, shares = (
+        {"deviation": 0.0, "accuracy": 73.0, "nearest": 100.0},
+        ("of_nearest_vector", "of_later_pair", "label_not_shown"),
+    )
+    tables = {
+        "position": [{"network": name} | row for name in names for row in positions],
+        "noise": [{"network": name} | noise for name in names],
+        "errors": [{"network": name} | dict.fromkeys(shares, 50.0) for name in names],
+    }
+    position, _, errors = analyze.draw(tables).axes
+    assert position.get_ylim() == (70, 101)
+    looks = {(line.get_color(), line.get_linestyle()) for line in position.lines}
+    assert len(looks) == len({(bar.get_facecolor(), bar.get_hatch()) for bar in errors.patches}) == len(names)
+
+
 def test_networks_are_analysed_once_each_under_a_name_of_their_own():
     a, b, other = Path("runs/a/model_best.pth.tar"), Path("runs/b/model_best.pth.tar"), Path("runs/b/other.pth.tar")
     assert list(analyze.named([a, a])) == ["model_best"]
