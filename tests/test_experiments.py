@@ -205,6 +205,12 @@ def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_le
     assert (summarize.accuracy_at(run, 10), summarize.accuracy_at(run, 20)) == (None, 50.0)
 
 
+def test_a_folder_that_is_itself_a_run_gives_the_run_its_name(tmp_path):
+    (tmp_path / "options.yaml").write_text("{seed: 1, sequence_length: 2, num_classes: 2}\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "validation_accuracy": 50.0}) + "\n")
+    assert [result.name for result in runs.read_results(tmp_path)] == [tmp_path.name]
+
+
 def test_a_damaged_run_is_named(tmp_path):
     run = tmp_path / "group" / "run"
     run.mkdir(parents=True)

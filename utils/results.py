@@ -70,7 +70,8 @@ def read_run(folder: Path, root: Path) -> Result:
     commands = _text(folder / COMMANDS).splitlines()
     tables = [folder / TABLE, folder / f"model_best.{TABLE}"]  # of --evaluate with --output_dir, and without
     metrics, tests = read_metrics(folder / METRICS), next(filter(None, map(_read_tests, tables)), [])
-    return Result(folder.relative_to(root).as_posix(), options, commands, metrics, tests)
+    name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().name
+    return Result(name, options, commands, metrics, tests)
 
 
 def read_file(path: Path) -> list[Result]:
