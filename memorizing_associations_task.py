@@ -173,7 +173,8 @@ def train_epoch(network, optimizer, state: TrainState, options, device, progress
     for (start, stop), batch in zip(ranges, training_batches(ranges, epoch, options), strict=True):
         where = f"epoch {epoch + 1}, step {start // batch_size + 1}"
         with out_of_memory_in_one_line(options["batch_size"]):
-            sums = train_step(network, optimizer, batch.to(device), stop - start, l2, options, where)
+            shard = batch.to(device)
+            sums = train_step(network, optimizer, shard, batch_size=stop - start, l2=l2, options=options, where=where)
         metrics.add(len(batch), sums)
         progress.step(stop - start, f"epoch {epoch + 1}", samples - stop, metrics.shown)
         if stop < samples and distributed.all_reduce_max(interruption.status):
@@ -205,7 +206,7 @@ def training_batches(ranges: list[tuple[int, int]], epoch: int, options: Options
 
 
 def train_step(
-    network, optimizer, batch: data.Samples, batch_size: int, l2: float, options: Options, where: str
+    network, optimizer, batch: data.Samples, *, batch_size: int, l2: float, options: Options, where: str
 ) -> dict[str, Tensor]:
     """One step on this process's shard `batch` of a batch of `batch_size` samples, `l2` times the rate regularization added to
     the loss. Returns sums over the shard's samples.

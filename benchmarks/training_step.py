@@ -71,7 +71,8 @@ class Training:
         self.batch = data.Samples(features, batch.labels.to(weight.device), query, batch.answer.to(weight.device))
 
     def step(self) -> None:
-        task.train_step(self.network, self.optimizer, self.batch, self.options["batch_size"], EPOCH, self.options, "")
+        values = {"batch_size": self.options["batch_size"], "l2": self.options["l2"], "options": self.options}
+        task.train_step(self.network, self.optimizer, self.batch, **values, where="")
 
 
 def check(case: dict) -> str | None:

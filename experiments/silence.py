@@ -72,7 +72,8 @@ def follow(options: Options) -> Iterator[dict[str, float]]:
         inner = list(model.parameters())[: names(model).index("output")]  # the output layer does not act on the rates
         rate_gradient = torch.autograd.grad(output.rates["read_value"].mean(), inner)
         before = [weight.detach().clone() for weight in inner]
-        task.train_step(model, optimizer, batch, stop - start, epoch, options, f"step {step}")
+        l2 = options["l2"] if epoch else 0.0
+        task.train_step(model, optimizer, batch, batch_size=stop - start, l2=l2, options=options, where=f"step {step}")
         moves = [weight.detach() - old for weight, old in zip(inner, before, strict=True)]
         pulls = [(gradient * move).sum().item() for gradient, move in zip(rate_gradient, moves, strict=True)]
         yield row | {f"pull/{name}": pull for name, pull in zip(names(model), pulls, strict=False)}

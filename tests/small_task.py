@@ -33,7 +33,7 @@ def double_precision(*arrays):
     return data.Samples(samples.features.double(), samples.labels, samples.query.double(), samples.answer)
 
 
-def failing_step(network, optimizer, batch, *args):
+def failing_step(network, optimizer, batch, **others):
     global batches
     batches += 1
     rank, number, what = os.environ.get("SMALL_TASK_FAIL", "-1:0:").split(":")
@@ -47,7 +47,7 @@ def failing_step(network, optimizer, batch, *args):
     if folder := os.environ.get("SMALL_TASK_TRACE"):
         with open(Path(folder) / f"rank{distributed.rank()}", "a") as file:
             print(torch.get_num_threads(), *batch.query[:, 0].tolist(), file=file)
-    return train_step(network, optimizer, batch, *args)
+    return train_step(network, optimizer, batch, **others)
 
 
 data._samples, task.train_step = double_precision, failing_step

@@ -299,7 +299,7 @@ def test_not_finite_stops_before_the_step(options, message, tmp_path, capsys):
     "lack", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), torch.OutOfMemoryError("CUDA")]
 )
 def test_a_lack_of_memory_is_one_line_with_a_smaller_batch(lack, tmp_path, capsys, monkeypatch):
-    def lacking(*_):
+    def lacking(*_, **__):
         raise lack
 
     monkeypatch.setattr(task, "train_step", lacking)
@@ -316,8 +316,8 @@ def test_memory_does_not_grow_with_steps(tmp_path, monkeypatch):
     steps, resident, step = 10_000, [], task.train_step
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 16 * steps)
 
-    def counted_step(*arguments):
-        sums = step(*arguments)
+    def counted_step(*arguments, **others):
+        sums = step(*arguments, **others)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
         return sums
 

@@ -197,11 +197,11 @@ def test_a_killed_training_continues_bit_for_bit_and_is_tested_at_other_lengths(
     assert f"{name}: " in capsys.readouterr().out
     steps, step = [], task.train_step
 
-    def train_step(*arguments):
+    def train_step(*arguments, **others):
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
+        return step(*arguments, **others)
 
     monkeypatch.setattr(task, "train_step", train_step)
     assert task.main(script(name, killed, "--epochs", "2")) == 128 + signal.SIGTERM

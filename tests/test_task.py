@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 import data
 import memorizing_associations_task as task
 import models
+from benchmarks import training_step
 from utils import checkpoints, distributed, progress, run
 from utils.metrics import EpochMetrics, read_metrics
 from utils.options import TASK_GROUPS, Parser
@@ -80,7 +82,7 @@ def stub(monkeypatch):
     seen = Stub()
     seen.steps, seen.splits, evaluation_set = [], [], data.evaluation_set
 
-    def train_step(network, optimizer, batch, batch_size, l2, options, where):
+    def train_step(network, optimizer, batch, *, batch_size, l2, options, where):
         epoch, lr = int(re.match(r"epoch (\d+)", where)[1]) - 1, optimizer.param_groups[0]["lr"]
         seen.steps.append({"epoch": epoch, "lr": lr, "l2": l2, "batch_size": batch_size, "batch": batch})
         sums = {"loss": torch.tensor(float(len(batch) ** 2)), "accuracy": torch.tensor(len(batch) // 2)}
@@ -112,38 +114,75 @@ def refuse(capsys, *arguments, status=1, main=task.main):
 # The training
 
 
-def test_two_training_steps_are_those_of_the_equations():
-    """Cross entropy, from the second epoch on the regularization, clipping that acts, Adam: written again in plain PyTorch."""
-    options = parse("--num_time_steps", 30, "--max_grad_norm", 0.05, "--target_rate", 3)
-    torch.manual_seed(4)
-    model, twin = (models.build_model(options.values, "reference").double() for _ in range(2))
-    twin.load_state_dict(model.state_dict())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in twin.parameters()]
-    for step, epoch in enumerate((0, 1), start=1):
-        batch = data.training_samples(9 * step, 9 * step + 9, epoch, **data.sizes(options))
-        batch = data.Samples(batch.features.double(), batch.labels, batch.query.double(), batch.answer)
-        sums = task.train_step(model, optimizer, batch, 9, 1e-4 if epoch else 0.0, options, "here")
+class ByHand:
+    """Training written again in plain PyTorch: cross entropy, rate regularization, clipping that acts, Adam."""
 
-        output = twin(batch.features, batch.labels, batch.query)
-        terms = -output.logits.log_softmax(1)[torch.arange(9), batch.answer]
-        regularization = sum(((rates.mean(0) - 3) ** 2).mean() for rates in output.rates.values())
-        twin.zero_grad()
-        (terms.mean() + (1e-4 * regularization if epoch else 0)).backward()
-        norm = math.sqrt(sum(weight.grad.square().sum().item() for weight in twin.parameters()))
-        assert norm > 0.05
-        for weight, (first, second) in zip(twin.parameters(), moments, strict=True):
-            gradient = weight.grad * 0.05 / norm
+    def __init__(self, model, max_grad_norm: float, target_rate: float = 0.0):
+        self.model, self.max_grad_norm, self.target_rate, self.steps = copy.deepcopy(model), max_grad_norm, target_rate, 0
+        self.moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in self.model.parameters()]
+
+    def step(self, batch: data.Samples, learning_rate: float, l2: float) -> dict[str, torch.Tensor]:
+        output = self.model(batch.features, batch.labels, batch.query)
+        terms = -output.logits.log_softmax(1)[torch.arange(len(batch)), batch.answer]
+        regularization = sum(((rates.mean(0) - self.target_rate) ** 2).mean() for rates in output.rates.values())
+        self.model.zero_grad()
+        (terms.mean() + l2 * regularization).backward()
+        norm = math.sqrt(sum(weight.grad.square().sum().item() for weight in self.model.parameters()))
+        assert norm > self.max_grad_norm
+        self.steps += 1
+        for weight, (first, second) in zip(self.model.parameters(), self.moments, strict=True):
+            gradient = weight.grad * self.max_grad_norm / norm
             first.mul_(0.9).add_(0.1 * gradient)
             second.mul_(0.999).add_(0.001 * gradient**2)
-            step_size = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-            weight.data -= 0.01 * step_size
-        assert sums["loss"].item() == pytest.approx(terms.sum().item())
-        assert sums["accuracy"].item() == (output.logits.argmax(1) == batch.answer).sum()
-        assert sums["regularization"].item() == pytest.approx(9 * regularization.item())
-        assert sums["read_key"].item() == pytest.approx(9 * output.rates["read_key"].mean().item())
-    for weight, other in zip(model.parameters(), twin.parameters(), strict=True):
-        assert (weight - other).abs().max() < 1e-6  # of steps of 0.01; clipping adds 1e-6 to the norm
+            root = (second / (1 - 0.999**self.steps)).sqrt()
+            weight.data -= learning_rate * (first / (1 - 0.9**self.steps)) / (root + 1e-8)
+        correct = (output.logits.argmax(1) == batch.answer).sum()
+        sums = {"loss": terms.sum(), "accuracy": correct, "regularization": regularization * len(batch)}
+        return sums | {name: len(batch) * rates.mean() for name, rates in output.rates.items()}
+
+    def assert_same_weights(self, weights, tolerance: float) -> None:
+        """Of steps of 0.01."""
+        for weight, other in zip(weights, self.model.parameters(), strict=True):
+            assert (weight - other).abs().max() < tolerance
+
+
+def test_two_training_steps_are_those_of_the_equations():
+    options = parse("--num_time_steps", 30, "--max_grad_norm", 0.05, "--target_rate", 3)
+    torch.manual_seed(4)
+    model = models.build_model(options.values, "reference").double()
+    optimizer, by_hand = torch.optim.Adam(model.parameters(), lr=0.01), ByHand(model, 0.05, target_rate=3)
+    for epoch, l2 in enumerate((0.0, 1e-4)):
+        batch = data.training_samples(9 * epoch, 9 * epoch + 9, epoch, **data.sizes(options))
+        batch = data.Samples(batch.features.double(), batch.labels, batch.query.double(), batch.answer)
+        sums = task.train_step(model, optimizer, batch, batch_size=9, l2=l2, options=options, where="here")
+        for name, expected in by_hand.step(batch, 0.01, l2).items():
+            assert sums[name].item() == pytest.approx(expected.item()), name
+    by_hand.assert_same_weights(model.parameters(), 1e-6)  # clipping adds 1e-6 to the norm
+
+
+def test_two_epochs_of_the_script_are_two_steps_of_the_equations(tmp_path):
+    """One step an epoch; the second with the regularization, and with the learning rate and the regularization that fell."""
+    words = "--num_time_steps 30 --max_grad_norm 0.05 --batch_size 300 --backend reference --learning_rate 0.02 --l2 0.01"
+    words = [*words.split(), *"--learning_rate_decay 0.5 --l2_decay 0.25 --decay_learning_rate_every 1".split()]
+    assert train(tmp_path, *words, epochs=2) == 0
+    options = parse(*words)
+    torch.manual_seed(4)
+    by_hand = ByHand(models.build_model(options.values, "reference"), 0.05)
+    for epoch, learning_rate, l2 in ((0, 0.02, 0.0), (1, 0.01, 0.0025)):
+        by_hand.step(data.training_samples(0, SAMPLES, epoch, **data.sizes(options)), learning_rate, l2)
+    by_hand.assert_same_weights(checkpoints.load(tmp_path / checkpoints.LAST)["state_dict"].values(), 1e-5)
+
+
+def test_a_step_of_the_benchmark_is_that_of_the_second_epoch():
+    case = {"network": training_step.NEW, "length": 2, "memory_size": 20, "batch": 8}
+    changes = {"num_time_steps": 30, "max_grad_norm": 0.05, "learning_rate": 0.01}
+    training = training_step.Training(case, "reference", "cpu", torch.float64, **changes)
+    by_hand = ByHand(training.model, 0.05)
+    for number in range(2):
+        training.draw(number)
+        training.step()
+        by_hand.step(training.batch, 0.01, 1e-5)
+    by_hand.assert_same_weights(training.model.parameters(), 1e-6)
 
 
 def test_the_loop_takes_every_sample_once_and_weighs_the_last_smaller_batch(stub, tmp_path):
@@ -262,11 +301,11 @@ def test_options_of_a_run_repeat_it_whatever_the_number_of_workers(undisturbed, 
 def test_resuming_continues_exactly(undisturbed, tmp_path, monkeypatch, capsys, number):
     steps, step = [], task.train_step
 
-    def train_step(*arguments):
+    def train_step(*arguments, **others):
         steps.append(1)
         if len(steps) in (2, 6):  # inside an epoch, and at the end of one
             os.kill(os.getpid(), number)
-        return step(*arguments)
+        return step(*arguments, **others)
 
     monkeypatch.setattr(task, "train_step", train_step)
     assert train(tmp_path) == 128 + number
