@@ -8,8 +8,8 @@ position    by position of the asked pair
 errors      which label a wrong answer names
 noise       Gaussian, added to every component of the query, not clipped. `nearest`: the share of samples in which the asked
             vector is still the nearest to the query, as an exact memory would answer
-pause       one pair's time without input between the last pair and the query (published network only)
-depression  another gamma_neg at the test alone; the weights stay as they were trained (published network only)
+pause       one pair's time without input between the last pair and the query
+depression  another gamma_neg at the test alone; the weights stay as they were trained
 """
 
 import argparse
@@ -105,14 +105,13 @@ def analyse(path: Path) -> Iterator[tuple[str, dict]]:
         },
     )
 
-    published = params["network"] == models.networks.DEFAULT  # the others have neither time nor this depression
     last = asked == test.labels.shape[1] - 1
-    for pause in (False, True) if published else ():
+    for pause in (False, True):
         right = (answer(model, test, test.query, pause) if pause else answers) == test.answer
         yield "pause", {"pause": pause, "last_pair": percent(right[last]), "other_pairs": percent(right[~last])}
 
     early = asked < test.labels.shape[1] // 2
-    for gamma_neg in DEPRESSION if published else ():
+    for gamma_neg in DEPRESSION:
         right = answer(network(gamma_neg=gamma_neg), test, test.query) == test.answer
         halves = {"first_half": percent(right[early]), "second_half": percent(right[~early])}
         yield "depression", {"gamma_neg": gamma_neg, "accuracy": percent(right)} | halves

@@ -1,4 +1,4 @@
-"""Turn run folders into a table (CSV and Markdown) and figures.
+"""Turn run folders into a table (CSV and Markdown) and figures of accuracy.
 
 python -m experiments.summarize runs/sweep --output_dir runs/sweep/summary
 python -m experiments.summarize runs/sweep --output_dir experiments/results --copy
@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-import data
 import models
 from utils.errors import in_one_line
 from utils.figures import curves, save
 from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, new_figure, styled
 from utils.metrics import to_csv
-from utils.options import CURRICULUM, DATA, MODEL, TRAINING, network_defaults
+from utils.options import CURRICULUM, DATA, MODEL, TRAINING
 from utils.results import GROUP, Result, columns, read_results, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
@@ -111,24 +110,15 @@ def outcome(result: Result, learned: int | None) -> str:
 
 def way_of_training(options: dict[str, Any]) -> str:
     """How a run's options differ from the published ones, in words."""
-    return ", ".join(differences(options)) or "published options"
-
-
-def differences(options: dict[str, Any]) -> list[str]:
-    """The same, one by one."""
     words = []
     if options["curriculum_start"]:
         words.append(f"curriculum from {options['curriculum_start']}, {options['curriculum_step']} more each epoch")
-    if options["mixed_lengths"]:
-        words.append(f"mixed lengths from {options['mixed_lengths']}")
     shown = _NOT_A_WAY_OF_TRAINING | {option.name for option in CURRICULUM}
-    own = network_defaults(options.get("network", models.networks.DEFAULT))
     for option in (*MODEL, *DATA, *TRAINING):
-        default = own.get(option.name, option.default)
-        value = options.get(option.name, default)
-        if option.name not in shown and value != default:
+        value = options.get(option.name, option.default)
+        if option.name not in shown and value != option.default:
             words.append(f"{option.name} {value}")
-    return words
+    return ", ".join(words) or "published options"
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
@@ -177,13 +167,9 @@ def mean_and_deviation(values: list[float | None]) -> str:
 
 def figures(results: list[Result], rows: list[dict[str, Any]]):
     """Names and figures, those for which there are runs."""
-    begun = [result for result in results if result.metrics]
     full = [row for row in rows if row["sequence_length"] == row["num_classes"] > 1 and row["epochs"]]
     if full:
         yield "accuracy_against_length", accuracy_against_length(full)
-    for group in dict.fromkeys(result.name.split("/")[0] for result in begun):
-        members = [result for result in begun if result.name.split("/")[0] == group]
-        yield f"training_{group}", curves.training_curves(training_curves(members), data.TRAINING_SAMPLES)
     # Out of distribution: with as many classes as pairs, longer sequences than those trained on do not exist.
     apart = [r for r in results if len(r.tests) > 1 and r.options["num_classes"] > r.options["sequence_length"]]
     if apart:
@@ -201,18 +187,6 @@ def line_labels(groups: Iterable[str]) -> dict[str, str]:
     """Labels of those in LINES; where there are none of them, every group is its own label."""
     groups = dict.fromkeys(groups)
     return {group: label for group, label in LINES.items() if group in groups} or {group: group for group in groups}
-
-
-def training_curves(results: list[Result]) -> list[curves.Curves]:
-    """Labelled by the length and by what is not the same in all of them."""
-    ways = [differences(result.options) for result in results]
-    lines = []
-    for result, way in zip(results, ways, strict=True):
-        length = result.options["sequence_length"]
-        own = [words for words in way if not all(words in other for other in ways)]
-        label = ", ".join([f"{length} pair{'s' * (length > 1)}", *own])
-        lines.append(curves.Curves(label, columns(result.metrics), result.options["num_classes"]))
-    return lines
 
 
 def tested_lengths(result: Result, label: str) -> curves.Curves:
