@@ -199,7 +199,7 @@ def training_batches(ranges: list[tuple[int, int]], epoch: int, options: Options
     draw = data.training_samples if options["inf_data"] else data.fixed_training_samples
 
     def make(start: int, stop: int) -> data.Samples:
-        length = data.training_length(start, epoch, **options.of(CURRICULUM, "sequence_length", "dataset_seed"))
+        length = data.training_length(epoch, **options.of(CURRICULUM, "sequence_length"))
         return draw(*distributed.shard(start, stop), epoch, **data.sizes(options, sequence_length=length))
 
     return prefetch(make, ranges, options["workers"], options["prefetch_factor"])
@@ -217,10 +217,8 @@ def train_step(
     output = network(batch.features, batch.labels, batch.query)
     cross_entropy_sum = cross_entropy(output.logits, batch.answer, reduction="sum")
     loss = cross_entropy_sum / batch_size
-    regularization = loss.new_zeros(())
-    if output.rates:  # the network has spikes
-        mean_rates = distributed.batch_mean(output.rates, batch_size)
-        regularization = models.rate_regularization(mean_rates, options["target_rate"])
+    mean_rates = distributed.batch_mean(output.rates, batch_size)
+    regularization = models.rate_regularization(mean_rates, options["target_rate"])
     if l2:
         loss = loss + l2 * regularization
 
@@ -267,7 +265,7 @@ def evaluate(model, samples: data.Samples, options: Options, device: torch.devic
         sums += torch.stack([cross_entropy(logits, batch.answer, reduction="sum").double(), correct.double()])
     loss, correct = distributed.all_reduce(sums).tolist()
     few = samples[:4].to(device)  # a memory that diverges silences the neurons that read it, and the loss stays finite
-    memory = (model(few.features, few.labels, few.query, record=True).activity or {}).get("memory", few.features)
+    memory = model(few.features, few.labels, few.query, record=True).activity["memory"]
     if not (math.isfinite(loss) and torch.isfinite(memory).all()):
         raise not_finite("evaluation", "the memory" if math.isfinite(loss) else "the loss", options)
     return loss / len(samples), 100 * correct / len(samples)

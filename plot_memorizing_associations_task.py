@@ -146,9 +146,6 @@ def adopt_checkpoint(options: Options, checkpoint: Mapping[str, Any]) -> None:
     if len(options.all_lengths) > 1:
         raise UsageError("--sequence_length: one length can be drawn at a time")
     options.check_combination()
-    if options["network"] != models.networks.DEFAULT:
-        path, network = options["checkpoint_path"], options["network"]
-        raise UserError(f"{path}: of the network {network}; only {models.networks.DEFAULT} has the spikes and memory to draw")
     if options["seed"] is not None and "example" not in options.given:
         options.values["example"] = int(np.random.default_rng(options["seed"]).integers(data.EVALUATION_SAMPLES["test"]))
 

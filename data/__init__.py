@@ -93,28 +93,10 @@ def training_samples(
     return _samples(features, np.ascontiguousarray(labels), queried)
 
 
-def training_length(
-    start: int,
-    epoch: int,
-    sequence_length: int,
-    dataset_seed: int,
-    curriculum_start: int = 0,
-    curriculum_step: int = 1,
-    mixed_lengths: int = 0,
-) -> int:
-    """Pairs in the sequences of the training batch that begins with sample `start` of an epoch.
-
-    Args:
-        curriculum_start: pairs in epoch 0; `curriculum_step` more in each epoch, up to `sequence_length`. 0: always that many.
-        mixed_lengths: draw the length uniformly from this one to that of the epoch. 0: always the latter.
-    """
-    length = sequence_length
-    if curriculum_start:
-        length = min(length, curriculum_start + curriculum_step * epoch)
-    if mixed_lengths:
-        seeds = np.random.SeedSequence([dataset_seed, epoch, start])
-        length = int(np.random.Generator(np.random.Philox(seeds)).integers(min(mixed_lengths, length), length + 1))
-    return length
+def training_length(epoch: int, sequence_length: int, curriculum_start: int = 0, curriculum_step: int = 1) -> int:
+    """Pairs in the training sequences of an epoch: `curriculum_start` in epoch 0, `curriculum_step` more in each later epoch,
+    up to `sequence_length`; always that many where `curriculum_start` is 0."""
+    return min(sequence_length, curriculum_start + curriculum_step * epoch) if curriculum_start else sequence_length
 
 
 def fixed_training_samples(
@@ -125,7 +107,7 @@ def fixed_training_samples(
     return whole[training_order(epoch, dataset_seed)[start:stop]]
 
 
-@functools.lru_cache(maxsize=16)  # sequence lengths that are kept; with --mixed_lengths every batch has another one
+@functools.lru_cache(maxsize=2)  # a curriculum has another length in each of its epochs
 def _training_set(samples: int, *sizes: int) -> Samples:
     return training_samples(0, samples, 0, *sizes)
 

@@ -1,4 +1,4 @@
-"""The Hebbian spiking memory network, and others on the same task. `build_model` makes one."""
+"""The Hebbian spiking memory network. `build_model` makes one."""
 
 from models.backends import BACKENDS, BackendError
 from models.dynamics import POPULATIONS, Dynamics
@@ -7,13 +7,12 @@ from models.memorizing_associations import (
     MemorizingAssociations,
     Output,
     Sizes,
+    build_model,
     rate_regularization,
 )
-from models.networks import NETWORKS, build_model, network_options, prepare_backend, spikes, training_defaults
 
 __all__ = [
     "BACKENDS",
-    "NETWORKS",
     "POPULATIONS",
     "SILENT_BELOW",
     "BackendError",
@@ -22,9 +21,5 @@ __all__ = [
     "Output",
     "Sizes",
     "build_model",
-    "network_options",
-    "prepare_backend",
     "rate_regularization",
-    "spikes",
-    "training_defaults",
 ]

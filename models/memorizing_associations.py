@@ -7,7 +7,7 @@ Source: arXiv:2205.11276, Fig. 1 and "Memorizing associations" in Methods.
 import functools
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,9 @@ from models import backends
 from models.constants import check_bounds, constant
 from models.dynamics import POPULATIONS, Dynamics
 from models.hebbian_memory import XAVIER_GAIN, ReadingLayer, WritingLayer
-from models.neurons import population
+from models.neurons import LIFNeuron, population
 from models.operands import check_operands
+from models.plasticity import HebbianRule
 from models.through_time import through_time
 
 SECONDS_PER_STEP = 1e-3
@@ -199,6 +200,28 @@ def _altered(layers: tuple[nn.Module, ...]) -> str | None:
         if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return f"it does not run the hooks of {known.__name__} (pruning uses them: prune.remove makes it permanent)"
     return None
+
+
+def build_model(
+    options: Mapping[str, Any], backend: str = "auto", neuron: Any = None, rule: Any = None
+) -> MemorizingAssociations:
+    """The network of a mapping of options under their names on the command line (others are ignored, missing ones have their
+    default).
+
+    Args:
+        backend: one of `models.BACKENDS`.
+        neuron, rule: in place of those that the options describe: objects with the methods of `LIFNeuron` and `HebbianRule`.
+
+    Raises:
+        ValueError: unknown backend, or a constant out of bounds.
+    """
+    backends.check_name(backend)
+
+    def given(constants: type) -> dict[str, Any]:
+        return {field.name: options[field.name] for field in fields(constants) if field.name in options}
+
+    parts = {"neuron": neuron or LIFNeuron(**given(LIFNeuron)), "rule": rule or HebbianRule(**given(HebbianRule))}
+    return MemorizingAssociations(Sizes(**given(Sizes)), Dynamics(**given(Dynamics) | parts), backend)
 
 
 def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) -> Tensor:

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import models
+from examples.another_neuron import AdaptiveNeuron
 from models import backends
 from models.backends import compiled
 from models.hebbian_memory import hebbian_read
 from models.neurons import LIFNeuron, population
-from models.recurrent_spiking import AdaptiveLIFNeuron
 from models.through_time import run_steps, through_time
 
 SMALL = {"num_time_steps": 8, "embedding_size": 8, "memory_size": 8}
@@ -94,8 +94,8 @@ def test_a_neuron_with_another_state_is_compiled():
         weights = torch.arange(membrane.numel()).view_as(membrane)
         return spikes, membrane, *torch.autograd.grad((membrane * weights + spikes).sum(), current)
 
-    theirs = activity_and_gradient(AdaptiveLIFNeuron())
-    for ours, exact in zip(activity_and_gradient(AdaptiveLIFNeuron(), compiled.through_time), theirs, strict=True):
+    theirs = activity_and_gradient(AdaptiveNeuron(strength=100.0))
+    for ours, exact in zip(activity_and_gradient(AdaptiveNeuron(strength=100.0), compiled.through_time), theirs, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
     assert not torch.equal(activity_and_gradient(LIFNeuron())[1], theirs[1])  # the other state matters
 

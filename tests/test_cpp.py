@@ -6,11 +6,11 @@ import resource
 
 import pytest
 import torch
+from helpers import draw
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-import data
 import models
 from models import POPULATIONS
 from models.backends import BackendError, cpp
@@ -36,13 +36,6 @@ sizes = st.fixed_dictionaries(
         "dampening_factor": st.floats(0.0, 2.0),
     }
 )
-
-
-def draw(options, dtype, seed=0):
-    samples = data.training_samples(
-        0, options["batch"], 0, options["length"], options["num_classes"], options["feature_size"], seed
-    )
-    return samples.features.to(dtype), samples.labels, samples.query.to(dtype), samples.answer
 
 
 def forward_and_backward(options, backend, dtype=torch.float64):

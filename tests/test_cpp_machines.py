@@ -11,7 +11,7 @@ from pathlib import Path
 import golden
 import pytest
 import torch
-from test_cpp import draw
+from helpers import draw
 
 import models
 from models.backends import cpp

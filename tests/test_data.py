@@ -86,11 +86,7 @@ def test_the_fixed_set_is_generated_once(monkeypatch):
     assert torch.equal(torch.cat([part.features for part in parts]), generate(0, 9000, 0, **sizes).features[order])
 
 
-def test_lengths_of_a_curriculum_and_of_mixed_lengths():
-    grown = [data.training_length(0, epoch, 6, 42, curriculum_start=2, curriculum_step=3) for epoch in range(4)]
+def test_lengths_of_a_curriculum():
+    grown = [data.training_length(epoch, 6, curriculum_start=2, curriculum_step=3) for epoch in range(4)]
     assert grown == [2, 5, 6, 6]
-    mixed = [data.training_length(start, 1, 6, 42, 2, 3, mixed_lengths=3) for start in range(300)]
-    counts = np.bincount(mixed, minlength=7)
-    assert set(mixed) == {3, 4, 5} and counts[3:6].min() > 70  # uniform over the lengths of this epoch
-    assert mixed != [data.training_length(start, 2, 6, 42, 2, 3, mixed_lengths=3) for start in range(300)]
-    assert [data.training_length(start, 0, 6, 42) for start in range(3)] == [6, 6, 6]
+    assert [data.training_length(epoch, 6) for epoch in range(3)] == [6, 6, 6]

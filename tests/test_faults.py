@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_task import assert_same_run, refuse
+from helpers import assert_same_run, refuse
 
 import data
 import memorizing_associations_task as task

@@ -139,6 +139,9 @@ def test_words_of_the_command_line(words, values):
         ("--inf_data 2", "--inf_data: must be one of 0, 1"),
         ("--perfect_reset maybe", "--perfect_reset: must be true or false, not 'maybe'"),
         ("--no-thr", "--no-thr: no such option"),
+        ("--network lstm", "--network: removed after v0.3; see CHANGELOG.md"),
+        ("--positions", "--positions: removed after v0.3; see CHANGELOG.md"),
+        ("--tau_adaptation=800", "--tau_adaptation: removed after v0.3; see CHANGELOG.md"),
         ("--lr 1", "--lr: no such option, did you mean learning_rate?"),
         ("--seq_len 5", "--seq_len: no such option, did you mean sequence_length?"),
         ("--batchsize=5", "--batchsize: no such option, did you mean batch_size?"),
@@ -167,6 +170,7 @@ def test_impossible_command_lines_are_refused(arguments, names):
         ("memory_size:\n", "memory_size: needs a value"),
         ("memory_size: " + "9" * 5000 + "\n", "memory_size: must be a whole number"),
         ("perfect_reset: 1\n", "perfect_reset: must be true or false"),
+        ("network: h_mem\n", "network: removed after v0.3; see CHANGELOG.md"),
         ("memory_sise: 3\n", "memory_sise: no such option, did you mean memory_size?"),
         ("? [a, b]\n: 3\n", "no such option"),
         ("null: 2\n", "None: no such option"),
@@ -179,7 +183,7 @@ def test_impossible_command_lines_are_refused(arguments, names):
         ("[" * 20_000, "options.yaml"),
         (b"\xff\xfe\x00\x01", "options.yaml"),
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_odd_yaml_is_refused(script, text, named):
     status, error = in_yaml(script, text)
@@ -194,6 +198,11 @@ def test_yaml_scalars_are_the_words_of_the_command_line():
         file.write("seed: 010\n")
     assert given("--config", "options.yaml") == {"seed": 10}
     assert in_yaml("train", "") == (0, "")
+
+
+def test_an_option_that_is_gone_is_ignored_where_it_changed_nothing():
+    assert given("--network", "hebbian_snn", "--mixed-lengths=0") == {}
+    assert in_yaml("train", "network: hebbian_snn\nmixed_lengths: 0\nrectified: true\n") == (0, "")
 
 
 # Any option, any value

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_distributed import free_port
+from helpers import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 PATIENCE = 300  # seconds

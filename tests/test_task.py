@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from golden import PUBLISHED
+from helpers import assert_same_run, history, refuse
 from torch.nn.functional import cross_entropy
 
 import data
@@ -31,6 +33,7 @@ from utils.run import find_folder
 # Small, and alive: the reading values of this seed fire, so that there are gradients.
 TINY = """--sequence_length 2 --num_classes 3 --num_time_steps 50 --embedding_size 20 --memory_size 20 --batch_size 128 --seed 4
     --device cpu --workers 0""".split()
+RUN_OF_V03 = Path(__file__).with_name("run_of_v0.3")
 SAMPLES = 300  # an epoch, in place of 9,000: 3 batches, the last one smaller
 
 
@@ -48,21 +51,6 @@ def parse(*words):
 
 def train(folder, *words, epochs=3):
     return task.main([*TINY, "--epochs", str(epochs), "--output_dir", str(folder), *map(str, words)])
-
-
-def history(folder) -> list[dict]:
-    return [line | {"seconds": None} for line in read_metrics(folder / "metrics.jsonl")]
-
-
-def assert_same_run(ours, theirs, names=(checkpoints.LAST,)):
-    """Two folders hold the same training, to the last bit."""
-    keys = ("epoch", "sample", "state_dict", "optimizer", "history", "best_acc", "running")
-    for name in names:
-        one, other = ({key: checkpoints.load(folder / name)[key] for key in keys} for folder in (ours, theirs))
-        for line in (*one["history"], *other["history"]):
-            del line["seconds"]
-        assert checkpoints.digest(one) == checkpoints.digest(other), f"{name} differs"
-    assert history(ours) == history(theirs)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +89,6 @@ def stub(monkeypatch):
     monkeypatch.setattr(task, "evaluate", evaluate)
     monkeypatch.setattr(data, "evaluation_set", recorded_set)
     return seen
-
-
-def refuse(capsys, *arguments, status=1, main=task.main):
-    """The one line that a refused command prints."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == status
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 # The training
@@ -223,9 +203,6 @@ def test_epochs_have_the_lengths_of_the_curriculum(stub, tmp_path):
     words = "--sequence_length 5 --num_classes 6 --curriculum_start 1 --curriculum_step 2".split()
     shown(tmp_path / "grown", stub, *words, epochs=4)
     assert [step["batch"].labels.shape[1] for step in stub.steps] == [1, 1, 1, 3, 3, 3, 5, 5, 5, 5, 5, 5]
-    shown(tmp_path / "mixed", stub, *words, "--mixed_lengths", 2, "--batch_size", 10, epochs=3)
-    lengths = [{step["batch"].labels.shape[1] for step in stub.steps if step["epoch"] == epoch} for epoch in range(3)]
-    assert lengths == [{1}, {2, 3}, {2, 3, 4, 5}]
 
 
 def test_the_best_network_is_the_most_accurate_on_validation_data_alone(stub, tmp_path):
@@ -240,7 +217,7 @@ def test_a_set_that_the_batch_does_not_divide_is_evaluated_whole():
     samples = data.evaluation_set("validation", 2, 3, 5, 42)[:31]
 
     def model(features, labels, query, record=False):
-        return models.Output(features[:, 0, :3], {}, None)
+        return models.Output(features[:, 0, :3], {}, {"memory": features})
 
     loss, accuracy = task.evaluate(model, samples, parse("--batch_size", 8), torch.device("cpu"))
     logits = samples.features[:, 0, :3]
@@ -297,6 +274,28 @@ def test_options_of_a_run_repeat_it_whatever_the_number_of_workers(undisturbed, 
     assert_same_run(tmp_path, undisturbed)
 
 
+def test_a_run_of_an_earlier_release_continues(tmp_path, capsys):
+    """v0.3 interrupted it inside its second epoch; whole.jsonl is what v0.3 made of it. Removed options are at defaults."""
+    shutil.copytree(RUN_OF_V03, tmp_path / "run")
+    assert task.main(["--resume", "auto", "--output_dir", str(tmp_path / "run")]) == 0
+    expected = read_metrics(RUN_OF_V03 / "whole.jsonl")
+    for ours, theirs in zip(history(tmp_path / "run"), expected, strict=True):
+        assert ours == pytest.approx(theirs | {"seconds": None}, rel=1e-3)  # another CPU may flip a spike
+    assert task.main(["--resume", str(tmp_path / "run"), "--evaluate"]) == 0
+    again = ["--config", str(RUN_OF_V03 / "options.yaml"), "--epochs", "1", "--output_dir", str(tmp_path / "again")]
+    assert task.main(again) == 0
+    assert history(tmp_path / "again") == [pytest.approx(expected[0] | {"seconds": None}, rel=1e-3)]
+
+
+def test_an_earlier_run_with_an_option_that_is_gone_is_refused(tmp_path, capsys):
+    content = torch.load(RUN_OF_V03 / checkpoints.LAST)
+    content["params"]["mixed_lengths"] = 2
+    del content["digest"]
+    checkpoints.save(tmp_path / "run.pth.tar", content)
+    expected = f"error: {tmp_path / 'run.pth.tar'}: params: mixed_lengths 2: removed after v0.3; see CHANGELOG.md"
+    assert refuse(capsys, "--resume", tmp_path / "run.pth.tar", "--evaluate") == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_resuming_continues_exactly(undisturbed, tmp_path, monkeypatch, capsys, number):
     steps, step = [], task.train_step
@@ -318,7 +317,7 @@ def test_resuming_continues_exactly(undisturbed, tmp_path, monkeypatch, capsys, 
 
 
 def test_curriculum_and_fixed_data_resume_exactly(tmp_path):
-    extra = "--curriculum_start 1 --mixed_lengths 1 --inf_data 0".split()
+    extra = "--curriculum_start 1 --inf_data 0".split()
     assert train(tmp_path / "whole", *extra, epochs=2) == 0
     assert train(tmp_path / "parts", *extra, epochs=1) == 0
     assert train(tmp_path / "parts", "--resume", "auto", epochs=2) == 0

@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import pytest
-from test_distributed import NETWORK, PATIENCE, Started, assert_same_training, run, single, wait_for_training  # noqa: F401
+from helpers import NETWORK, PATIENCE, Started, assert_same_training, run, wait_for_training
 
 from utils import checkpoints
 
@@ -58,7 +58,7 @@ def start_both(hosts, folder, *words, **environment) -> list[Started]:
     ]
 
 
-def test_two_nodes_train_as_one_process_does(hosts, single, tmp_path):  # noqa: F811
+def test_two_nodes_train_as_one_process_does(hosts, single, tmp_path):
     """--batch_size counts for a node: two nodes with 31 each make up a batch of 62."""
     first, second = start_both(hosts, tmp_path, "--epochs", "2", "--batch_size", "31")
     status, out, err = first.end()

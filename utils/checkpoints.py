@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import models
 from utils.errors import UserError
-from utils.options import MODEL, RECORDED, SEQUENCE_LENGTH
+from utils.options import MODEL, RECORDED, REMOVED, check_removed
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
@@ -80,8 +80,7 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any]) -
         ValueError: an impossible option.
         UserError: the options are not this network's, or the file cannot be written.
     """
-    params = _model_defaults(options.get("network", models.networks.DEFAULT))
-    params |= {option.name: option.convert(options[option.name]) for option in MODEL if option.name in params.keys() & options}
+    params = {o.name: o.convert(options[o.name]) if o.name in options else o.default for o in MODEL}
     state_dict = _own_names(model.state_dict())
     with torch.random.fork_rng(devices=[]):
         load_weights(models.build_model(params, "reference"), state_dict, path)
@@ -294,8 +293,6 @@ def _params_of_weights(state_dict: Mapping[str, Tensor], given: Mapping[str, Any
     embedding_size, feature_size = state_dict["input_layer.weight"].shape
     sizes = {"num_classes": num_classes, "memory_size": memory_size}
     sizes |= {"embedding_size": embedding_size, "feature_size": feature_size}
-    has = models.network_options(given.get("network", models.networks.DEFAULT))
-    sizes = {name: value for name, value in sizes.items() if name in has}
     params = {option.name: given[option.name] for option in MODEL if option.name in given} | sizes
     if isinstance(length := params.get("sequence_length"), tuple):  # those to evaluate
         params["sequence_length"] = max(length)
@@ -313,14 +310,13 @@ def _completed(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 completed[option.name] = option.convert(int(value) if option.name == "inf_data" else value)
             except (TypeError, ValueError) as wrong:
                 raise ValueError(f"params: {option.name} {wrong}") from wrong
-    defaults = _model_defaults(completed.get("network", models.networks.DEFAULT))
-    missing = {name: value for name, value in defaults.items() if name not in completed}
-    return missing | completed, [name for name in missing if name != "network"]  # without one it is the published network
-
-
-def _model_defaults(network: str) -> dict[str, Any]:
-    """The model options that a network has, with its defaults."""
-    return models.network_options(network) | {"sequence_length": SEQUENCE_LENGTH.default, "network": network}
+    for name in REMOVED.keys() & params:
+        try:
+            check_removed(name, params[name])
+        except ValueError as wrong:
+            raise ValueError(f"params: {name} {params[name]}: {wrong}") from None
+    missing = {option.name: option.default for option in MODEL if option.name not in completed}
+    return missing | completed, list(missing)
 
 
 # The digest

@@ -38,13 +38,13 @@ def choose_backend(model: torch.nn.Module, device: torch.device, options: Option
         models.BackendError: the backend asked for by name cannot run this network here.
     """
     try:
-        backend, why_not = models.prepare_backend(model, device.type)
+        backend, why_not = model.prepare_backend(device.type)
     except models.BackendError as error:
         if distributed.broadcast_object("backend" in options.given):
             raise
         print_rank0(f"the checkpoint's run used another backend: {error}")
         model.backend = "auto"
-        backend, why_not = models.prepare_backend(model, device.type)
+        backend, why_not = model.prepare_backend(device.type)
     reasons = (f" ({name}: {why})" for name, why in why_not.items() if name != "triton" or device.type == "cuda")
     line = f"backend {backend} on {device}{''.join(reasons)}"
     if device.type == "cpu" and torch.cuda.is_available() and not options.given & {"device", "gpu"}:

@@ -7,11 +7,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 import models
+from models.neurons import LIFNeuron
+from models.plasticity import HebbianRule
 
 
 class UserError(Exception):
@@ -52,11 +55,13 @@ def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
 
 def not_finite(where: str, what: str, options: Mapping[str, Any]) -> UserError:
     """What stops a network whose numbers are not finite: the constants that are not at their defaults, or the training."""
-    defaults = models.network_options(options["network"])
-    changed = [f"--{n} {options[n]}" for n, v in defaults.items() if isinstance(v, float) and options[n] != v]
-    constants = f"values of {', '.join(changed)} nearer to the defaults, or " if changed else ""
+    constants = [field for part in (HebbianRule, models.Dynamics, LIFNeuron) for field in fields(part)]
+    changed = [
+        f"--{f.name} {options[f.name]}" for f in constants if isinstance(f.default, float) and options[f.name] != f.default
+    ]
+    nearer = f"values of {', '.join(changed)} nearer to the defaults, or " if changed else ""
     training = "a lower --learning_rate or --max_grad_norm"
-    return UserError(f"{where}: not finite: {what}; the last checkpoint stays. Try {constants}{training}")
+    return UserError(f"{where}: not finite: {what}; the last checkpoint stays. Try {nearer}{training}")
 
 
 def warn_in_one_line() -> None:

@@ -14,13 +14,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-import models
-from models import BACKENDS, NETWORKS, Dynamics, Sizes
+from models import BACKENDS, Dynamics, Sizes
 from models.constants import out_of_bounds
-from models.h_mem import RULES
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
-from models.recurrent_spiking import AdaptiveLIFNeuron
 from utils.errors import UsageError
 
 
@@ -110,15 +107,9 @@ SEQUENCE_LENGTH = Option(
 # fmt: off
 
 # What a network is. A checkpoint's must be the same to resume, evaluate or plot it.
-# The defaults are those of the published network; others have their own (Options.set_network).
 MODEL = (
     SEQUENCE_LENGTH,
-    Option("network", models.networks.DEFAULT, str, "the published one, or one to compare it with", choices=tuple(NETWORKS)),
     *(option for part in (Sizes, HebbianRule, Dynamics, LIFNeuron) for option in _options_of(part)),
-    *(option for option in _options_of(AdaptiveLIFNeuron) if option.name not in models.network_options("recurrent_lif")),
-    Option("rule", "hebbian", str, "how h_mem stores pairs: by the Hebbian rule, or as a sum of outer products", choices=RULES),
-    Option("rectified", True, bool, "whether h_mem rectifies keys and values"),
-    Option("positions", False, bool, "whether the transformer is given the positions of the pairs"),
 )
 
 DATA = (
@@ -146,7 +137,6 @@ TRAINING = (
 CURRICULUM = (
     Option("curriculum_start", 0, int, "pairs in a sequence in the first epoch, to grow to --sequence_length; 0: off", low=0),
     Option("curriculum_step", 1, int, "pairs added in each later epoch", low=1),
-    Option("mixed_lengths", 0, int, "train each batch at a random length from this one up; 0: off", low=0),
 )
 
 EXECUTION = (
@@ -191,16 +181,22 @@ TASK_GROUPS = {
 }
 
 
-def network_defaults(network: str) -> dict[str, Any]:
-    """The options whose default is a matter of the network."""
-    return models.network_options(network) | models.training_defaults(network)
+# Options that are gone, each with the value at which it changed nothing; records and checkpoints of v0.3 hold some of them.
+REMOVED = {
+    "network": "hebbian_snn",
+    "rule": "hebbian",
+    "rectified": "true",
+    "positions": "false",
+    "adaptation": None,
+    "tau_adaptation": None,
+    "mixed_lengths": "0",
+}
 
 
-@functools.cache
-def absent_options(network: str) -> frozenset[str]:
-    """The names of the options that a network does not have."""
-    absent = {option.name for option in MODEL} - {"sequence_length", "network"} - models.network_options(network).keys()
-    return frozenset(absent if models.spikes(network) else absent | {"l2", "l2_decay", "target_rate"})  # there are no rates
+def check_removed(name: str, value: Any) -> None:
+    """Raises ValueError for an option that is gone, unless its value changed nothing."""
+    if str(value).lower() != REMOVED[name]:
+        raise ValueError("removed after v0.3; see CHANGELOG.md")
 
 
 @dataclass
@@ -215,13 +211,8 @@ class Options:
         return self.values[name]
 
     def of(self, options: Iterable[Option], *more: str) -> dict[str, Any]:
-        """The values of some options, those that the network has."""
-        absent = absent_options(self["network"])
-        return {name: self.values[name] for name in (*(o.name for o in options), *more) if name not in absent}
-
-    def set_network(self) -> None:
-        """Give the options that are not given the defaults of the network."""
-        self.values |= {n: v for n, v in network_defaults(self["network"]).items() if n in self.values and n not in self.given}
+        """The values of some options."""
+        return {name: self.values[name] for name in (*(option.name for option in options), *more)}
 
     @property
     def all_lengths(self) -> tuple[int, ...]:
@@ -240,8 +231,6 @@ class Options:
 
     def check_combination(self) -> None:
         """Raises UsageError for what is impossible about the options together, with the remedy."""
-        if absent := sorted(absent_options(self["network"]) & self.given):
-            raise UsageError(f"--{', --'.join(absent)}: --network {self['network']} has no such option; leave that out")
         longest, classes = max(self.all_lengths), self["num_classes"]
         if longest > classes:
             raise UsageError(
@@ -250,9 +239,8 @@ class Options:
             )
         if self.values.get("evaluate", True):  # plotting does not train either
             return
-        for name in ("curriculum_start", "mixed_lengths"):
-            if self[name] > longest:
-                raise UsageError(f"--{name} {self[name]} is more than --sequence_length {longest}")
+        if self["curriculum_start"] > longest:
+            raise UsageError(f"--curriculum_start {self['curriculum_start']} is more than --sequence_length {longest}")
         if len(self.all_lengths) > 1:
             raise UsageError("--sequence_length: several lengths are for --evaluate; training takes one")
 
@@ -327,6 +315,8 @@ class Parser(argparse.ArgumentParser):
                 if option.kind is bool:
                     off = {"dest": option.name, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
                     group.add_argument(f"--no_{option.name}", **off)
+        for name in REMOVED:
+            self.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(" ".join(message.split()))
@@ -345,16 +335,17 @@ class Parser(argparse.ArgumentParser):
         values, given = {name: option.default for name, option in self.table.items()}, set()
         for prefix, found in sources:
             for name, value in found.items():
-                if name not in self.table:
+                if name not in self.table.keys() | REMOVED:
                     self._refuse(prefix, name)
                 try:
+                    if name in REMOVED:
+                        check_removed(name, value)
+                        continue
                     values[name] = self.table[name].convert(value)
                 except ValueError as wrong:
                     self.error(f"{prefix}{name}: {wrong}")
                 given.add(name)
-        options = Options(values, frozenset(given), self.groups)
-        options.set_network()
-        return options
+        return Options(values, frozenset(given), self.groups)
 
     def _refuse(self, prefix: str, spelled: str) -> NoReturn:
         name = spelled.lstrip("-").replace("-", "_")

@@ -86,8 +86,7 @@ def report_start(options: Options, state, model: torch.nn.Module, checkpoint: di
     length, classes, batch = options["sequence_length"], options["num_classes"], options.step_size
     parameters = sum(weight.numel() for weight in model.parameters())
     processes = f", {distributed.world_size()} processes on {options.nodes} nodes" if distributed.world_size() > 1 else ""
-    print_rank0(f"{options['network']}: {parameters:,} parameters learn "
-                f"{length} pairs of {classes} classes: epochs {state.epoch + 1} to "
+    print_rank0(f"{parameters:,} parameters learn {length} pairs of {classes} classes: epochs {state.epoch + 1} to "
                 f"{options['epochs']} of {samples:,} samples, {batch:,} in a step{processes}, seed "
                 f"{options['seed']}, in {options['output_dir']}")  # fmt: skip
     where = f"in epoch {state.epoch + 1} after {state.sample} samples"
@@ -111,7 +110,6 @@ def report_silence(history: list[dict[str, Any]], options: Options, silent_below
         if silent and not was_silent:
             short = options["sequence_length"] <= 2 or options["curriculum_start"]
             remedy = "" if short else "; --curriculum_start 2 avoids it"
-            print_rank0(f"warning: {name} fell silent (mean rate {rate:.2g} Hz), so nothing is learned through it; with the "
-                        f"published options it fires again as a rule, after 9 to 15 epochs{remedy}")  # fmt: skip
+            print_rank0(f"warning: {name} fell silent (mean rate {rate:.2g} Hz), so nothing is learned through it{remedy}")
         if was_silent and not silent:
             print_rank0(f"{name} fires again ({rate:.2g} Hz)")

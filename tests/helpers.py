@@ -1,0 +1,143 @@
+"""What several test modules use: runs compared, refusals, processes over gloo, samples of a case."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import memorizing_associations_task as task
+from utils import checkpoints
+from utils.metrics import read_metrics
+
+# Runs
+
+
+def history(folder) -> list[dict]:
+    return [line | {"seconds": None} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same_run(ours, theirs, names=(checkpoints.LAST,)):
+    """Two folders hold the same training, to the last bit."""
+    keys = ("epoch", "sample", "state_dict", "optimizer", "history", "best_acc", "running")
+    for name in names:
+        one, other = ({key: checkpoints.load(folder / name)[key] for key in keys} for folder in (ours, theirs))
+        for line in (*one["history"], *other["history"]):
+            del line["seconds"]
+        assert checkpoints.digest(one) == checkpoints.digest(other), f"{name} differs"
+    assert history(ours) == history(theirs)
+
+
+def refuse(capsys, *arguments, status=1, main=task.main):
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def draw(options, dtype, seed=0):
+    samples = data.training_samples(
+        0, options["batch"], 0, options["length"], options["num_classes"], options["feature_size"], seed
+    )
+    return samples.features.to(dtype), samples.labels, samples.query.to(dtype), samples.answer
+
+
+# Processes: over gloo on loopback, they run small_task.py, in float64
+
+SMALL_TASK = Path(__file__).with_name("small_task.py")
+# 250 samples in batches of 62: 2 are left for the last, fewer than there are processes. All populations emit spikes.
+NETWORK = (
+    "--sequence_length 2 --num_classes 3 --feature_size 5 --num_time_steps 30 --embedding_size 20 --memory_size 20 --w_max 4 "
+    "--gamma_pos 2 --seed 1 --batch_size 62 --workers 0"
+).split()
+GLOO = ["--dist_backend", "gloo", "--dist_timeout", "60"]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+PATIENCE = 120  # seconds for processes to start on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Started:
+    """A program with all the processes that it starts."""
+
+    def __init__(self, *words, prefix=(), **environment):
+        self.mark = f"TEST_MARK={uuid.uuid4()}"
+        name, value = self.mark.split("=")
+        environment = os.environ | {"OMP_NUM_THREADS": "2", name: value} | environment
+        handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and what a process starts would, too
+        self.process = subprocess.Popen(
+            [*prefix, *(() if prefix == TORCHRUN else (sys.executable,)), SMALL_TASK, *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        signal.signal(signal.SIGHUP, handler)
+
+    def end(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
+        """Its exit status, stdout and stderr. No process may be left behind."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+        deadline = time.monotonic() + 5
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, f"left behind: {left}"
+        return self.process.returncode, out, err
+
+    def processes(self) -> list[str]:
+        return [folder.name for folder in Path("/proc").glob("[0-9]*") if self._belongs(folder)]
+
+    def _belongs(self, folder: Path) -> bool:
+        try:
+            return self.mark in (folder / "environ").read_text(errors="replace")
+        except OSError:
+            return False
+
+
+def run(*words, **options) -> tuple[int, str, str]:
+    return Started(*words, **options).end()
+
+
+def distributed(processes: int) -> list[str]:
+    return [*GLOO, "--processes_per_node", str(processes), "--dist_url", f"tcp://127.0.0.1:{free_port()}"]
+
+
+def assert_same_training(folder: Path, other: Path) -> None:
+    """Weights and Adam's state to 1e-9, counts of samples exactly."""
+    a, b = (checkpoints.load(path / checkpoints.LAST) for path in (folder, other))
+    for name, weight in a["state_dict"].items():
+        torch.testing.assert_close(weight, b["state_dict"][name], rtol=0, atol=1e-9)
+    for number, state in a["optimizer"]["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(value, b["optimizer"]["state"][number][name], rtol=1e-9, atol=1e-9)
+    assert len(a["history"]) == len(b["history"]) > 0
+    for line, other_line in zip(a["history"], b["history"], strict=True):
+        for name in ("train_accuracy", "validation_accuracy", "learning_rate"):
+            assert line[name] == other_line[name]
+        assert line.pop("seconds") > 0 and other_line.pop("seconds") > 0
+        rates, other_rates = line.pop("rates"), other_line.pop("rates")
+        assert line == pytest.approx(other_line, rel=1e-9)
+        assert rates == pytest.approx(other_rates, rel=1e-9)
+        assert all(rate > 0 for rate in rates.values())
+
+
+def wait_for_training(trace: Path, processes: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while len(list(trace.iterdir())) < processes and time.monotonic() < deadline:
+        time.sleep(0.05)
