@@ -1,4 +1,4 @@
-"""All that needs a GPU, in one go of less than 8 minutes on an H100: agreement, speed, memory, launches, a training, the tests.
+"""All that needs a GPU, in one go of less than 8 minutes on an H100: agreement, speed, memory, a training, the tests.
 
     python -m benchmarks.gpu_check [--output FOLDER]
     python -m benchmarks.gpu_check --dry-run    the same at tiny sizes on a CPU, in Triton's interpreter: times mean nothing
@@ -20,11 +20,9 @@ from pathlib import Path
 
 import torch
 import triton
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import training_step
 from models import POPULATIONS
-from models.backends.triton.writing import SEGMENT
 from tests import golden
 from utils import checkpoints
 from utils.run import METRICS
@@ -128,52 +126,8 @@ def speed(_) -> Iterator[Row]:
     training = Training("triton")
     seconds, peak = training.timed(STEPS)
     measured["samples a second"] = training.batch_size / seconds
-    measured["step"] = seconds
     yield f"training step, batch {training.options['batch_size']}", f"{seconds / MS:.1f} ms", "<= 25 ms"
     yield "its peak GPU memory", f"{peak / GB:.2f} GB", "<= 8 GB"
-
-
-def launches(_) -> Iterator[Row]:
-    training = Training("triton")
-    training.step()
-    with profile(activities=[ProfilerActivity.CPU, *([] if DRY else [ProfilerActivity.CUDA])]) as profiler:
-        training.step()
-        synchronize()
-    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    copies = sum(e.name.startswith(("Memcpy", "Memset")) for e in kernels)
-    yield "kernels launched in a step", f"{len(kernels) - copies}, and {copies} copies", "tens to hundreds"
-    by_name: dict[str, list[float]] = {}
-    for event in kernels:
-        by_name.setdefault(event.name[:48], []).append(event.time_range.elapsed_us() * 1e-6)
-    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:10]
-    for name, seconds in longest:
-        yield f"of this, {len(seconds)} x `{name}`", f"{sum(seconds) / MS:.2f} ms", ""
-
-
-def floor(_) -> Iterator[Row]:
-    """What the arithmetic and the traffic of the writing would take at the card's measured rates."""
-    size = 64 if DRY else 8192
-    square = torch.rand(size, size, device=DEVICE)
-    large = torch.empty(2**10 if DRY else 2**29, device=DEVICE)
-    target = torch.empty_like(large)
-    flops_rate = 2 * size**3 / statistics.median(timed(lambda: square @ square) for _ in range(5))
-    bytes_rate = 2 * 4 * large.numel() / statistics.median(timed(lambda: target.copy_(large)) for _ in range(5))
-    yield "card: copy", f"{bytes_rate / 1e12:.2f} TB/s read and written", ""
-    yield "card: float32 matrix product", f"{flops_rate / 1e12:.1f} TFLOP/s", ""
-
-    options = Training("triton").options
-    E, M = options["embedding_size"], options["memory_size"]
-    steps = options["batch_size"] * options["sequence_length"] * options["num_time_steps"]
-    # For a weight of the memory, a step is 6 operations forward, 4 in the replay, 16 backward; W_write is in three products.
-    operations = steps * (26 * M**2 + 3 * 2 * 2 * E * 2 * M)
-    # Encoded spikes, currents, spikes, traces, membranes and gradients are each written once, and read where they are needed:
-    # 5 times 2 E and 21 times M floats a step. Then the memories that are kept.
-    traffic = 4 * steps * (5 * 2 * E + 21 * M + 2 * M**2 // SEGMENT)
-    compute, move = operations / flops_rate, traffic / bytes_rate
-    yield "floor: operations", f"{operations / 1e9:.0f} GFLOP, {compute / MS:.1f} ms", ""
-    yield "floor: traffic", f"{traffic / GB:.1f} GB, {move / MS:.1f} ms", ""
-    if "step" in measured:
-        yield "step over the larger of the two", f"{measured['step'] / max(compute, move):.1f} times", ""
 
 
 def long_sequences(_) -> Iterator[Row]:
@@ -237,7 +191,7 @@ def tests(_) -> Iterator[Row]:
 
 
 CHECKS = (environment, against_the_reference, published_numbers, two_runs)
-MEASUREMENTS = (speed, launches, floor, long_sequences, reference_speed)
+MEASUREMENTS = (speed, long_sequences, reference_speed)
 
 
 def main() -> int:
