@@ -1,86 +1,355 @@
-"""Other networks on the same task: a table, and one figure.
+"""Other networks on the same task: train them, test them at other lengths, make a table and a figure of all.
 
-python -m experiments.compare experiments/comparison --output_dir experiments/comparison
+python -m experiments.compare --output_dir experiments/comparison
+python -m experiments.compare --output_dir runs/comparison --networks lstm delta_rule --seeds 1 2
 
-Reads the groups of experiments/comparison.yaml, kept compactly or as folders of runs, and the noise on the query that
-`python -m experiments.analyze` measured (analysis/noise.csv below the folder), where it is there.
-Writes comparison.md, .csv and .png.
+Runs that OUTPUT_DIR holds are not repeated; where none is missing, only the table and the figure are made anew. The committed
+runs had one thread (OMP_NUM_THREADS=1); another processor rounds otherwise.
+
+metrics.csv    a row per epoch of each run; accuracies in percent
+tests.csv      a row per tested length of each run: the network of the epoch that is best in validation
+comparison.*   table (csv, md) and figure (png), with the spiking networks whose runs the folder of --spiking keeps
+
+Shapes: B batch, L pairs in a sequence, C classes, F features, E embedding size, M memory size.
 """
 
 import argparse
+import copy
 import csv
+import functools
+import itertools
+import math
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize, pad, relu, silu
 
 import data
-from experiments.summarize import accuracy_at, group_of, mean_and_deviation
-from utils.errors import in_one_line
+from experiments.summarize import accuracy_at, mean_and_deviation
+from models.hebbian_memory import XAVIER_GAIN
+from models.memorizing_associations import EmbeddingLayer
+from models.plasticity import HebbianRule
+from utils.errors import UserError, in_one_line
 from utils.figures import save
-from utils.figures.curves import draw_repetitions
-from utils.figures.style import BLACK, DOTTED, GREY, SERIES, TWO_COLUMNS, heading, new_figure, styled
-from utils.metrics import to_csv
+from utils.figures.curves import LINE_STYLES, draw_repetitions
+from utils.figures.style import BLACK, SERIES, TWO_COLUMNS, heading, new_figure, styled
+from utils.metrics import to_csv, write_table
 from utils.results import Result, columns, read_results
 
-# Trained with 10 pairs of 30 classes: group -> words.
-NETWORKS = {
-    "ood_linear_attention": "linear attention (a sum of outer products)",
-    "ood_transformer": "Transformer encoder, no positions",
-    "ood_transformer_positions": "Transformer encoder, positions",
-    "ood_delta_rule": "delta rule",
-    "ood_h_mem": "H-Mem (published, without spikes)",
-    "ood_lstm": "LSTM",
-    "ood_hebbian_snn": "spiking (published)",
-    "ood_hebbian_snn_tuned": "spiking, rule tuned",
-}
-# From the sum of outer products to the spiking network, one change at a time.
-STEPS = {
-    "ood_h_mem_sum_unrectified": "sum of outer products",
-    "ood_h_mem_sum": "keys and values rectified",
-    "ood_h_mem": "saturating rule with depression",
-    "ood_hebbian_snn_without_feedback": "time and spikes",
-    "ood_hebbian_snn": "both feedbacks (published)",
-}
-LENGTHS = (2, 5, 10, 20, 30)
+# All are trained with 10 pairs of 30 classes, and have about as many parameters as the spiking network.
+PAIRS, SIZES = 10, {"num_classes": 30, "feature_size": 10, "dataset_seed": 42}
+EPOCHS, BATCH_SIZE, LEARNING_RATE_DECAY, MAX_GRAD_NORM = 20, 128, 0.9, 40.0
+EVALUATION_BATCH = 125
+TESTED, SHOWN = (2, 3, 4, 5, 7, 10, 15, 20, 25, 30), (2, 5, 10, 20, 30)  # lengths; the latter are in the table
 REACHED = 90.0  # percent in validation
+METRICS = "network,seed,epoch,learning_rate,train_loss,train_accuracy,validation_loss,validation_accuracy,seconds".split(",")
+TESTS = ["network", "seed", "sequence_length", "accuracy", "loss"]
 
 
 @in_one_line
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("runs", type=Path, metavar="FOLDER", help="folder with the runs of experiments/comparison.yaml")
-    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="where to write table and figure")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of runs, table and figure")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to train (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(1, 6), help="of the initial weights (default: 1 to 5)")
+    parser.add_argument("--spiking", type=Path, default=Path("experiments/results"), help="kept runs of spiking networks")
     args = parser.parse_args(argv)
-    groups: dict[str, list[Result]] = {}
-    for result in read_results(args.runs):
-        groups.setdefault(group_of(result.name), []).append(result)
-    noise = args.runs / "analysis" / "noise.csv"
-    noise_rows = list(csv.DictReader(noise.read_text(encoding="utf-8").splitlines())) if noise.exists() else []
+    if not all(0 <= seed < 2**31 for seed in args.seeds):
+        parser.error("argument --seeds: must be 0 to 2147483647")
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    for run in itertools.product(args.networks, args.seeds):
+        if run not in read_runs(args.output_dir):
+            keep(args.output_dir, run, train(*run))
+    groups = read_groups(args.output_dir, args.spiking)
     rows = table(groups)
     (args.output_dir / "comparison.csv").write_text(to_csv(rows), encoding="utf-8")
     (args.output_dir / "comparison.md").write_text(to_markdown(rows), encoding="utf-8")
-    save(draw(groups, noise_rows), args.output_dir / "comparison.png")
+    save(draw(groups), args.output_dir / "comparison.png")
     print(to_markdown(rows), end="")
     return 0
+
+
+# The networks. Each has `forward(features, labels, query) -> logits`: B x L x F, B x L (int64), B x F -> B x C.
+
+
+class LinearAttention(nn.Module):
+    """The memory is a plain sum of outer products of values and keys. Source: Katharopoulos et al., Transformers are RNNs, ICML
+    2020; here the feature map is that of the embedding, and nothing is normalized."""
+
+    def __init__(self, num_classes: int = 30, feature_size: int = 10, embedding_size: int = 128, memory_size: int = 128):
+        super().__init__()
+        self.input_layer = nn.Linear(feature_size, embedding_size)
+        self.embedding_layer = nn.Embedding(num_classes, embedding_size)
+        self.key = nn.Linear(embedding_size, memory_size, bias=False)
+        self.value = nn.Linear(embedding_size, memory_size, bias=False)
+        self.query = nn.Linear(embedding_size, memory_size, bias=False)
+        self.output_layer = nn.Linear(memory_size, num_classes)
+
+    def forward(self, features: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        vectors, asked = silu(self.input_layer(features)), silu(self.input_layer(query))
+        memory = self.store(vectors, self.value(self.embedding_layer(labels)))
+        return self.output_layer((memory @ self.read_key(asked).unsqueeze(-1)).squeeze(-1))
+
+    def store(self, vectors: Tensor, values: Tensor) -> Tensor:
+        """The memory, B x M x M, after all pairs, of embedded vectors B x L x E and values B x L x M."""
+        return values.mT @ self.key(vectors)
+
+    def read_key(self, query: Tensor) -> Tensor:
+        return self.query(query)
+
+
+class DeltaRule(LinearAttention):
+    """Each pair replaces what the memory holds for its key: W + beta (v - W k) k^T, keys of length 1 and beta in 0..1.
+    Source: Schlag, Irie, Schmidhuber, Linear Transformers Are Secretly Fast Weight Programmers, ICML 2021."""
+
+    def __init__(self, num_classes: int = 30, feature_size: int = 10, embedding_size: int = 128, memory_size: int = 128):
+        super().__init__(num_classes, feature_size, embedding_size, memory_size)
+        self.write_strength = nn.Linear(embedding_size, 1)
+
+    def store(self, vectors: Tensor, values: Tensor) -> Tensor:
+        keys, strengths = normalize(self.key(vectors), dim=-1), torch.sigmoid(self.write_strength(vectors))
+        # All pairs at once: what pair n writes, u_n = beta_n (v_n - sum of u_m (k_m k_n) over the pairs m before it), is the
+        # solution of a triangular system with ones on its diagonal.
+        overlap = strengths * (keys @ keys.mT)
+        written = torch.linalg.solve_triangular(overlap, strengths * values, upper=False, unitriangular=True)
+        return written.mT @ keys
+
+    def read_key(self, query: Tensor) -> Tensor:
+        return normalize(self.query(query), dim=-1)
+
+
+class Tokens(nn.Module):
+    """What networks of sequences share: pairs and query as tokens, vector and label added."""
+
+    def __init__(self, num_classes: int, feature_size: int, embedding_size: int):
+        super().__init__()
+        self.input_layer = nn.Linear(feature_size, embedding_size)
+        self.embedding_layer = nn.Embedding(num_classes + 1, embedding_size)  # the last one marks the query
+
+    def tokens(self, features: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        """B x (L + 1) x E, the query last."""
+        pairs = self.input_layer(features) + self.embedding_layer(labels)
+        unknown = labels.new_full((len(labels),), self.embedding_layer.num_embeddings - 1)
+        asked = self.input_layer(query) + self.embedding_layer(unknown)
+        return torch.cat([pairs, asked.unsqueeze(1)], 1)
+
+
+class Transformer(Tokens):
+    """An encoder of two layers of four heads, normalized before each part; the answer is read from the query's token.
+    `positions` adds sines and cosines to the pairs, else a set. Source: Vaswani et al., Attention Is All You Need, 2017."""
+
+    def __init__(self, positions: bool = False, num_classes: int = 30, feature_size: int = 10, embedding_size: int = 56):
+        super().__init__(num_classes, feature_size, embedding_size)
+        self.positions = positions
+        layer = nn.TransformerEncoderLayer(
+            embedding_size, nhead=4, dim_feedforward=2 * embedding_size, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2, norm=nn.LayerNorm(embedding_size), enable_nested_tensor=False)
+        self.output_layer = nn.Linear(embedding_size, num_classes)
+
+    def forward(self, features: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        tokens = self.tokens(features, labels, query)
+        if self.positions:  # wavelengths from 2 pi to 20,000 pi; the query has none
+            half = tokens.shape[2] // 2
+            angles = torch.arange(labels.shape[1]).unsqueeze(1) * torch.exp(-math.log(10_000) * torch.arange(half) / half)
+            tokens = tokens + pad(torch.cat([angles.sin(), angles.cos()], 1), (0, 0, 0, 1))
+        return self.output_layer(self.encoder(tokens)[:, -1])
+
+
+class LSTM(Tokens):
+    """One layer of cells sees the pairs one after the other, then the query; the answer is read from its last hidden state.
+    Source: Hochreiter, Schmidhuber, Long Short-Term Memory, 1997."""
+
+    def __init__(self, num_classes: int = 30, feature_size: int = 10, embedding_size: int = 32, memory_size: int = 96):
+        super().__init__(num_classes, feature_size, embedding_size)
+        self.cells = nn.LSTM(embedding_size, memory_size, batch_first=True)
+        self.output_layer = nn.Linear(memory_size, num_classes)
+
+    def forward(self, features: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        hidden, _ = self.cells(self.tokens(features, labels, query))
+        return self.output_layer(hidden[:, -1])
+
+
+RULE = HebbianRule(w_max=1.0, gamma_pos=0.1, gamma_neg=0.1)  # its time constant is without meaning here
+
+
+class HMem(nn.Module):
+    """Rectified keys and values, one update of the Hebbian rule a pair. Source: the published program of arXiv:2205.11276, its
+    variant without spikes, newest version, with its constants and names of parameters; its memory size was 100."""
+
+    def __init__(self, num_classes: int = 30, memory_size: int = 120, rule: HebbianRule = RULE):
+        super().__init__()
+        feature_size, embedding_size, self.rule = 10, 80, rule
+        self.input_layer = nn.Linear(feature_size, embedding_size, bias=False)
+        nn.init.xavier_uniform_(self.input_layer.weight, gain=XAVIER_GAIN)
+        self.embedding_layer = EmbeddingLayer(num_classes, embedding_size)
+        writing, reading = torch.empty(2 * memory_size, 2 * embedding_size), torch.empty(memory_size, embedding_size)
+        self.writing_layer = nn.ParameterDict({"W": nn.init.xavier_uniform_(writing, gain=XAVIER_GAIN)})
+        self.reading_layer = nn.ParameterDict({"W": nn.init.xavier_uniform_(reading, gain=XAVIER_GAIN)})
+        self.output_layer = nn.Linear(memory_size, num_classes, bias=False)
+
+    def forward(self, features: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        return self.recall(features, labels, query)[0]
+
+    def recall(self, features: Tensor, labels: Tensor, query: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits, and the activity of each population and the memory, B x M x M, after all pairs."""
+        vectors, asked = relu(self.input_layer(features)), relu(self.input_layer(query))
+        names = relu(self.embedding_layer(labels))
+        keys, values = relu(torch.cat([vectors, names], -1) @ self.writing_layer["W"].T).chunk(2, -1)
+        memory = keys.new_zeros(len(keys), values.shape[-1], keys.shape[-1])
+        for key, value in zip(keys.unbind(1), values.unbind(1), strict=True):
+            memory = self.rule.update(memory, value, key)
+        read_key = relu(asked @ self.reading_layer["W"].T)
+        read_value = (memory @ read_key.unsqueeze(-1)).squeeze(-1)
+        activity = {"features_encoded": vectors, "labels_encoded": names, "query_encoded": asked, "write_key": keys}
+        activity |= {"write_value": values, "read_key": read_key, "read_value": read_value, "memory": memory}
+        return self.output_layer(read_value), activity
+
+
+class Setting(NamedTuple):
+    """How a network is called and trained: best in validation of the learning rates 0.0003, 0.001 and 0.003, with and without a
+    curriculum, all with seed 1."""
+
+    words: str
+    make: Callable[[], nn.Module]
+    learning_rate: float
+    curriculum_start: int = 0  # pairs in the first epoch; 4 more in each; 0: always all
+
+
+NETWORKS = {
+    "linear_attention": Setting("linear attention (a sum of outer products)", LinearAttention, 0.001),
+    "transformer": Setting("Transformer encoder, no positions", Transformer, 0.003, 2),
+    "transformer_positions": Setting("Transformer encoder, positions", functools.partial(Transformer, True), 0.003, 2),
+    "delta_rule": Setting("delta rule", DeltaRule, 0.003),
+    "h_mem": Setting("H-Mem (published, without spikes)", HMem, 0.003),
+    "lstm": Setting("LSTM", LSTM, 0.003, 2),
+}
+SPIKING = {  # groups of kept runs of the task script
+    "ood_hebbian_snn": "spiking, default constants",
+    "ood_hebbian_snn_tuned": "spiking, rule tuned",
+    "ood_hebbian_snn_without_feedback": "spiking, without the feedbacks",
+}
+WORDS = {name: setting.words for name, setting in NETWORKS.items()} | SPIKING
+
+
+# Training
+
+
+def train(name: str, seed: int) -> Result:
+    """Train a network as the task script trains the spiking one, and test the network of its best epoch."""
+    setting, samples = NETWORKS[name], data.TRAINING_SAMPLES
+    torch.manual_seed(seed)
+    network = setting.make()
+    optimizer = torch.optim.Adam(network.parameters(), lr=setting.learning_rate)
+    validation = data.evaluation_set("validation", PAIRS, **SIZES)
+    metrics, best_accuracy, best = [], -1.0, {}
+    for epoch in range(EPOCHS):
+        begin, loss_sum, correct = time.perf_counter(), 0.0, 0
+        learning_rate = setting.learning_rate * LEARNING_RATE_DECAY**epoch
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        for start in range(0, samples, BATCH_SIZE):
+            length = data.training_length(epoch, PAIRS, setting.curriculum_start, curriculum_step=4)
+            batch = data.training_samples(start, min(start + BATCH_SIZE, samples), epoch, length, **SIZES)
+            logits = network(batch.features, batch.labels, batch.query)
+            loss = cross_entropy(logits, batch.answer, reduction="sum")
+            optimizer.zero_grad()
+            (loss / len(batch)).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            loss_sum += loss.item()
+            correct += (logits.argmax(1) == batch.answer).sum().item()
+        loss, accuracy = evaluate(network, validation)
+        if not math.isfinite(loss_sum + loss):
+            raise UserError(f"{name}, seed {seed}, epoch {epoch + 1}: the loss is not finite")
+        if accuracy > best_accuracy:
+            best_accuracy, best = accuracy, copy.deepcopy(network.state_dict())
+        values = epoch + 1, learning_rate, loss_sum / samples, 100 * (correct / samples), loss, accuracy
+        metrics.append(dict(zip(METRICS, (name, seed, *values, time.perf_counter() - begin), strict=True)))
+        print(f"{name}, seed {seed}, epoch {epoch + 1}/{EPOCHS}: validation loss {loss:.4f}, accuracy {accuracy:.1f} %")
+    network.load_state_dict(best)
+    tests = []
+    for length in TESTED:
+        loss, accuracy = evaluate(network, data.evaluation_set("test", length, **SIZES))
+        tests.append(dict(zip(TESTS, (name, seed, length, accuracy, loss), strict=True)))
+    return Result(name, {"batch_size": BATCH_SIZE}, [], metrics, tests)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, samples: data.Samples) -> tuple[float, float]:
+    """Mean cross entropy, and accuracy in percent."""
+    loss, correct = 0.0, 0
+    for first in range(0, len(samples), EVALUATION_BATCH):
+        batch = samples[first : first + EVALUATION_BATCH]
+        logits = network(batch.features, batch.labels, batch.query)
+        loss += cross_entropy(logits, batch.answer, reduction="sum").item()
+        correct += (logits.argmax(1) == batch.answer).sum().item()
+    return loss / len(samples), 100 * correct / len(samples)
+
+
+# The files
+
+
+def read_runs(folder: Path) -> dict[tuple[str, int], Result]:
+    """The runs of metrics.csv and tests.csv, by network and seed. Raises UserError where one of the files is damaged."""
+    found = []
+    for path, head, rows_of_a_run in ((folder / "metrics.csv", METRICS, EPOCHS), (folder / "tests.csv", TESTS, len(TESTED))):
+        lines, runs = [",".join(head)], {}
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else lines
+            for row in csv.DictReader(lines[1:], head):
+                _ = [float(value) for column, value in row.items() if column != "network"]
+                runs.setdefault((row["network"], int(row["seed"])), []).append(row)
+            whole = all(name in NETWORKS and len(rows) == rows_of_a_run for (name, _), rows in runs.items())
+            if lines[:1] != [",".join(head)] or not whole:
+                raise ValueError("columns, or rows of a run, are missing or not of this program")
+            if found and not runs.keys() <= found[0].keys():
+                raise ValueError("metrics.csv lacks some of its runs")
+        except (ValueError, TypeError, csv.Error) as damage:
+            raise UserError(f"{path}: damaged ({damage}); restore it, or remove it to train anew") from damage
+        found.append(runs)
+    metrics, tests = found
+    return {run: Result(run[0], {"batch_size": BATCH_SIZE}, [], metrics[run], tests[run]) for run in tests}
+
+
+def read_groups(folder: Path, spiking: Path) -> dict[str, list[Result]]:
+    """The runs of each network, and of each spiking one that is there."""
+    groups: dict[str, list[Result]] = {}
+    for result in read_runs(folder).values():
+        groups.setdefault(result.name, []).append(result)
+    return groups | {group: read_results(spiking / group) for group in SPIKING if (spiking / group).is_dir()}
+
+
+def keep(folder: Path, run: tuple[str, int], result: Result) -> None:
+    """Add a run to the files; metrics first, since a run is complete when tests.csv holds it."""
+    runs = read_runs(folder) | {run: result}  # another process may have added some
+    in_order = [runs[run] for run in sorted(runs, key=lambda run: (list(NETWORKS).index(run[0]), run[1]))]
+    write_table(folder / "metrics.csv", [row for result in in_order for row in result.metrics])
+    write_table(folder / "tests.csv", [row for result in in_order for row in result.tests])
+
+
+# Table and figure
 
 
 def table(groups: dict[str, list[Result]]) -> list[dict]:
     """A row per group: test accuracy in percent at each length (mean and standard deviation over the seeds), thousands of
     training samples until 90 % in validation (mean; "-" where a seed never gets there)."""
     rows = []
-    for group in dict.fromkeys((*NETWORKS, *STEPS)):
-        runs, words = groups.get(group, []), (STEPS | NETWORKS)[group]
-        if not runs:
-            continue
+    for group, runs in groups.items():
         reached = [first_above(run, REACHED) for run in runs]
-        epochs = sorted({len(run.metrics) for run in runs})
+        epochs, batches = sorted({len(run.metrics) for run in runs}), sorted({run.options["batch_size"] for run in runs})
         rows.append(
-            {"group": group, "network": words, "seeds": len(runs), "epochs": "-".join(map(str, epochs))}
-            | {f"{length} pairs": mean_and_deviation([accuracy_at(run, length) for run in runs]) for length in LENGTHS}
+            {"group": group, "network": WORDS[group], "seeds": len(runs)}
+            | {"epochs": "-".join(map(str, epochs)), "batch size": "-".join(map(str, batches))}
+            | {f"{length} pairs": mean_and_deviation([accuracy_at(run, length) for run in runs]) for length in SHOWN}
             | {"thousand samples to 90 %": "-" if None in reached else f"{np.mean(reached):.0f}"}
         )
     return rows
@@ -88,55 +357,34 @@ def table(groups: dict[str, list[Result]]) -> list[dict]:
 
 def first_above(run: Result, percent: float) -> float | None:
     """Thousands of training samples at the end of the first epoch that is this good in validation."""
-    epochs = (n for n, line in enumerate(run.metrics, start=1) if line["validation_accuracy"] >= percent)
+    epochs = (n for n, line in enumerate(run.metrics, start=1) if float(line["validation_accuracy"]) >= percent)
     return next((n * data.TRAINING_SAMPLES / 1000 for n in epochs), None)
 
 
 def to_markdown(rows: list[dict]) -> str:
-    head = list(rows[0]) if rows else []
+    head = list(rows[0])
     lines = [head, ["---"] * len(head), *(list(row.values()) for row in rows)]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 @styled
-def draw(groups: dict[str, list[Result]], noise_rows: list[dict[str, str]]) -> Figure:
-    """Accuracy by tested length, in training and under noise, a line per network; and step by step from the sum of outer
-    products to the spiking network."""
-    figure = new_figure(TWO_COLUMNS, 108)
-    (lengths, training), (noise, steps) = figure.subplots(2, 2)
-    handles = []
-    for (group, words), colour in zip(NETWORKS.items(), (*SERIES, GREY), strict=False):
-        runs, look = [columns(run.tests) | columns(run.metrics) for run in groups.get(group, [])], {"color": colour}
-        if runs:
-            handles.append(Line2D([], [], label=f"{words} ({len(runs)})", **look))
+def draw(groups: dict[str, list[Result]]) -> Figure:
+    """Accuracy by tested length, and in training: a colour per network, the spiking ones in black."""
+    figure = new_figure(TWO_COLUMNS, 72)
+    lengths, training = figure.subplots(1, 2)
+    looks = {name: {"color": colour} for name, colour in zip(NETWORKS, SERIES, strict=False)}
+    looks |= {name: {"color": BLACK, "ls": line} for name, line in zip(SPIKING, LINE_STYLES, strict=True)}
+    handles, seen = [], data.TRAINING_SAMPLES / 1000
+    for group, members in groups.items():
+        runs, look = [columns(run.tests) | columns(run.metrics) for run in members], looks[group]
+        handles.append(Line2D([], [], label=f"{WORDS[group]} ({len(runs)} seed{'s' * (len(runs) > 1)})", **look))
         draw_repetitions(lengths, [(run["sequence_length"], run["accuracy"]) for run in runs], group, **look)
-        seen = data.TRAINING_SAMPLES / 1000
         draw_repetitions(training, [(seen * run["epoch"], run["validation_accuracy"]) for run in runs], group, **look)
-        rows = [row for row in noise_rows if row["network"] == group.removeprefix("ood_")]
-        noise.plot([float(row["deviation"]) for row in rows], [float(row["accuracy"]) for row in rows], **look)
-    exact = [row for row in noise_rows if row["network"] == noise_rows[0]["network"]]
-    noise.plot([float(r["deviation"]) for r in exact], [float(r["nearest"]) for r in exact], ls=DOTTED, color=BLACK,
-               label="exact nearest neighbour")  # fmt: skip
-    there = [group for group in STEPS if group in groups]
-    for length, marker in ((10, "o"), (20, "s"), (30, "^")):
-        means = []
-        for place, group in enumerate(there):
-            found = [value for run in groups[group] if (value := accuracy_at(run, length)) is not None]
-            steps.plot([place] * len(found), found, marker, ms=2.5, mew=0.4, mfc="none", color=BLACK)
-            means.append(np.mean(found))
-        steps.plot(means, marker=marker, ms=2.5, lw=0.6, color=BLACK, label=f"{length} pairs")
-    steps.set_xticks(range(len(there)), [STEPS[group].replace(" ", "\n") for group in there])
-    steps.legend(loc="lower right")
-    heading(lengths, "a", "Tested at other lengths (trained with 10 pairs)")
+    heading(lengths, "a", f"Tested at other lengths (trained with {PAIRS} pairs)")
     heading(training, "b", "Training")
-    heading(noise, "c", "Noise on the query, 10 pairs")
-    heading(steps, "d", "One change at a time")
-    lengths.set_xlabel("Pairs at test")
-    training.set_xlabel("Training samples (thousands)")
-    noise.set_xlabel("Standard deviation")
-    for ax in (lengths, training, noise, steps):
-        ax.set(ylabel="Accuracy (%)", ylim=(0, 103))
-    figure.legend(handles=[*handles, *noise.get_legend_handles_labels()[0]], loc="outside lower left", ncols=3)
+    lengths.set(xlabel="Pairs at test", ylabel="Accuracy (%)", ylim=(0, 103))
+    training.set(xlabel="Training samples (thousands)", ylabel="Validation accuracy (%)", ylim=(0, 103))
+    figure.legend(handles=handles, loc="outside lower left", ncols=3)
     return figure
 
 
