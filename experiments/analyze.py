@@ -130,9 +130,9 @@ def answer(model, test: data.Samples, query: Tensor, pause: bool = False) -> Ten
     for first in range(0, len(query), BATCH):
         part = slice(first, first + BATCH)
         if pause:
-            features, labels, asked = model.encoding_currents(test.features[part], test.labels[part], query[part])
+            features, labels, asked = model.currents(test.features[part], test.labels[part], query[part])
             features, labels = (torch.cat([current, torch.zeros_like(current[:, :1])], 1) for current in (features, labels))
-            readout, *_ = model.program("cpu")(features, labels, asked)  # `store_and_recall`, by the backend
+            readout, *_ = model.store_and_recall(features, labels, asked)
             answers.append(model.output_layer(readout).argmax(1))
         else:
             answers.append(model(test.features[part], test.labels[part], query[part]).logits.argmax(1))

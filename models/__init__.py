@@ -2,6 +2,7 @@
 
 from models.backends import BACKENDS, BackendError
 from models.dynamics import POPULATIONS, Dynamics
+from models.hebbian_memory import hebbian_read, hebbian_write, store_and_recall
 from models.memorizing_associations import (
     SILENT_BELOW,
     MemorizingAssociations,
@@ -21,5 +22,8 @@ __all__ = [
     "Output",
     "Sizes",
     "build_model",
+    "hebbian_read",
+    "hebbian_write",
     "rate_regularization",
+    "store_and_recall",
 ]

@@ -1,16 +1,17 @@
-"""The Hebbian key-value memory: a writing layer that stores pairs in one shot, and a reading layer that recalls them.
+"""The Hebbian key-value memory: pairs are written in one shot, and read with a query. `store_and_recall` is the whole of it.
 
 Shapes: B batch, L pairs in a sequence, T time steps an input is held, E embedding size, M memory size.
 Source: arXiv:2205.11276, Fig. 1 and "Hebbian plasticity" in Methods. Parameters carry the published names.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.dynamics import Dynamics
+from models.dynamics import POPULATIONS, Dynamics
 from models.neurons import Activity, population
 from models.through_time import through_time
 
@@ -21,31 +22,76 @@ RECOMPUTE_EVERY = 25
 
 
 class WritingLayer(nn.Module):
-    """Stores pairs. `W` is 2M x 2E: the rows drive keys, then values; the columns come from vectors, then labels."""
+    """The weight that drives keys and values while pairs are written. It is called for its weight, so that whatever is put
+    around a layer (hooks, pruning, a parametrization) acts in every backend."""
 
-    def __init__(self, embedding_size: int, memory_size: int, dynamics: Dynamics):
+    def __init__(self, embedding_size: int, memory_size: int):
         super().__init__()
-        self.dynamics = dynamics
         self.W = nn.Parameter(nn.init.xavier_uniform_(torch.empty(2 * memory_size, 2 * embedding_size), gain=XAVIER_GAIN))
 
-    def forward(self, features: Tensor, labels: Tensor, loop=through_time) -> tuple[list[Tensor], Activity, Activity]:
-        """Write pairs into an empty memory.
-
-        Args:
-            features, labels: spikes of the encoding population, B x (L * T) x E.
-            loop: what applies a step at every time step, as `through_time` does.
-
-        Returns:
-            The memory after each pair (L matrices B x M x M, values x keys), and the key and value neurons in time.
-        """
-        key_current, value_current = linear(torch.cat([features, labels], dim=-1), self.W).chunk(2, dim=-1)
-        return hebbian_write(key_current, value_current, self.dynamics, loop)
+    def forward(self) -> Tensor:
+        """2M x 2E: the rows drive keys, then values; the columns come from vectors, then labels."""
+        return self.W
 
 
-def hebbian_write(
-    key_current: Tensor, value_current: Tensor, dynamics: Dynamics, loop=through_time
-) -> tuple[list[Tensor], Activity, Activity]:
-    """At each time step, with the memory W as it was before:
+class ReadingLayer(nn.Module):
+    """The weight that drives the keys while the memory is read, called as that of the writing layer."""
+
+    def __init__(self, embedding_size: int, memory_size: int):
+        super().__init__()
+        self.W = nn.Parameter(nn.init.xavier_uniform_(torch.empty(memory_size, embedding_size + memory_size), gain=XAVIER_GAIN))
+
+    def forward(self) -> Tensor:
+        """M x (E + M): the columns come from the query, then from the values (feedback)."""
+        return self.W
+
+
+def store_and_recall(
+    features_current: Tensor,
+    labels_current: Tensor,
+    query_current: Tensor,
+    write_weight: Tensor,
+    read_weight: Tensor,
+    dynamics: Dynamics,
+    record: bool = False,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Any] | None]:
+    """The network in time. This is the definition: every backend is the same function.
+
+    Args:
+        features_current, labels_current: constant input currents of the encoding population, B x L x E.
+        query_current: the same for the query, B x E.
+        write_weight, read_weight: as `WritingLayer` and `ReadingLayer` return them.
+        record: return the activity, too.
+
+    Returns:
+        The readout (value spikes summed over the last steps of reading, B x M), the spike counts of every population
+        (B x neurons), and with `record` the activity, detached: population -> spikes, B x time x neurons; "memory", B x M x M.
+        This plain function adds "membranes", population -> B x time x neurons, and "memories", B x L x M x M, the memory
+        after each pair.
+    """
+    currents = features_current, labels_current, query_current.unsqueeze(1)
+    features, labels, query = (population(dynamics.neuron, current, dynamics.num_time_steps) for current in currents)
+
+    drive = linear(torch.cat([features.spikes, labels.spikes], dim=-1), write_weight)
+    memories, write_key, write_value = hebbian_write(*drive.chunk(2, dim=-1), dynamics)
+
+    from_query, from_values = read_weight.split([query_current.shape[-1], read_weight.shape[0]], dim=1)
+    read_key, read_value = hebbian_read(linear(query.spikes, from_query), memories[-1], from_values, dynamics)
+
+    readout = read_value.spikes[:, -dynamics.readout_steps :].sum(1)
+    in_time = dict(zip(POPULATIONS, (features, labels, query, write_key, write_value, read_key, read_value), strict=True))
+    spike_counts = {name: neurons.spikes.sum(1) for name, neurons in in_time.items()}
+    if not record:
+        return readout, spike_counts, None
+    activity: dict[str, Any] = {name: neurons.spikes.detach() for name, neurons in in_time.items()}
+    activity["membranes"] = {name: neurons.membrane.detach() for name, neurons in in_time.items()}
+    activity["memories"] = torch.stack(memories, dim=1).detach()
+    activity["memory"] = activity["memories"][:, -1]
+    return readout, spike_counts, activity
+
+
+def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics) -> tuple[list[Tensor], Activity, Activity]:
+    """Write pairs into an empty memory. At each time step, with the memory W as it was before:
 
         k = LIF(i_k)
         v = LIF(i_v + memory_feedback * W k)
@@ -55,10 +101,10 @@ def hebbian_write(
         key_current, value_current: i_k and i_v, B x (L * T) x M.
 
     Returns:
-        As `WritingLayer.forward`.
+        The memory after each pair (L matrices B x M x M, values x keys), and the key and value neurons in time.
     """
     neuron, rule = dynamics.neuron, dynamics.rule
-    keys = population(neuron, key_current, loop=loop)  # they do not depend on the memory
+    keys = population(neuron, key_current)  # they do not depend on the memory
 
     def step(state, k, i_v):
         memory, value, value_trace, key_trace = state
@@ -69,44 +115,20 @@ def hebbian_write(
         memory = rule.update(memory, value_trace, key_trace)
         return (memory, value, value_trace, key_trace), (value.spikes, value.membrane)
 
-    batch, _, size = key_current.shape
-    trace = key_current.new_zeros(batch, size)
-    state = (key_current.new_zeros(batch, size, size), neuron.initial_state(trace), trace, trace)
+    trace = torch.zeros_like(key_current[:, 0])
+    state = (torch.zeros_like(trace.unsqueeze(-1) * trace.unsqueeze(-2)), neuron.initial_state(trace), trace, trace)
     memories, values = [], []
     for k, i_v in zip(*(x.split(dynamics.num_time_steps, dim=1) for x in (keys.spikes, value_current)), strict=True):
-        state, value = loop(step, state, k, i_v, recompute_every=RECOMPUTE_EVERY)  # one pair
+        state, value = through_time(step, state, k, i_v, recompute_every=RECOMPUTE_EVERY)  # one pair
         memories.append(state[0])
         values.append(value)
     return memories, keys, Activity(*(torch.cat(series, dim=1) for series in zip(*values, strict=True)))
 
 
-class ReadingLayer(nn.Module):
-    """Recalls what belongs to a query. `W` is M x (E + M): it drives the keys from the query and from the values (feedback)."""
-
-    def __init__(self, embedding_size: int, memory_size: int, dynamics: Dynamics):
-        super().__init__()
-        self.dynamics = dynamics
-        self.W = nn.Parameter(nn.init.xavier_uniform_(torch.empty(memory_size, embedding_size + memory_size), gain=XAVIER_GAIN))
-
-    def forward(self, query: Tensor, memory: Tensor, loop=through_time) -> tuple[Activity, Activity]:
-        """Read from a memory, which stays as it is.
-
-        Args:
-            query: spikes of the encoding population, B x T x E.
-            memory: B x M x M, values x keys.
-            loop: what applies a step at every time step, as `through_time` does.
-
-        Returns:
-            The key and value neurons in time.
-        """
-        from_query, from_values = self.W.split([query.shape[-1], self.W.shape[0]], dim=1)
-        return hebbian_read(linear(query, from_query), memory, from_values, self.dynamics, loop)
-
-
 def hebbian_read(
-    query_current: Tensor, memory: Tensor, feedback_weight: Tensor, dynamics: Dynamics, loop=through_time
+    query_current: Tensor, memory: Tensor, feedback_weight: Tensor, dynamics: Dynamics
 ) -> tuple[Activity, Activity]:
-    """At each time step t, with no value spikes before step 0:
+    """Read from a memory, which stays as it is. At each time step t, with no value spikes before step 0:
 
         k(t) = LIF(i_q(t) + W_feedback v(t - readout_delay))
         v(t) = LIF(W k(t))
@@ -115,6 +137,9 @@ def hebbian_read(
         query_current: i_q, B x T x M.
         memory: W, B x M x M (values x keys).
         feedback_weight: W_feedback, M x M, from value neurons to key neurons.
+
+    Returns:
+        The key and value neurons in time.
     """
     neuron = dynamics.neuron
 
@@ -127,5 +152,5 @@ def hebbian_read(
     rest, steps = neuron.initial_state(query_current[:, 0]), query_current.shape[1]
     silence = torch.zeros_like(query_current[:, 0])
     # A delay of all time steps or more is one that nothing comes through.
-    _, outputs = loop(step, (rest, rest, (silence,) * min(dynamics.readout_delay, steps)), query_current)
+    _, outputs = through_time(step, (rest, rest, (silence,) * min(dynamics.readout_delay, steps)), query_current)
     return Activity(*outputs[:2]), Activity(*outputs[2:])

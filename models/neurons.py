@@ -78,11 +78,16 @@ class Spike(torch.autograd.Function):
     Forward: 1 where u > 0 and the neuron may fire. Backward: dampening_factor * max(0, 1 - |u|) where it may fire, else 0.
     """
 
+    generate_vmap_rule = True  # torch.func.vmap and per-sample gradients
+
     @staticmethod
-    def forward(ctx, u: Tensor, may_fire: Tensor, dampening_factor: float) -> Tensor:
-        ctx.save_for_backward(u, may_fire)
-        ctx.dampening_factor = dampening_factor
+    def forward(u: Tensor, may_fire: Tensor, dampening_factor: float) -> Tensor:
         return ((u > 0) & may_fire).to(u.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        u, may_fire, ctx.dampening_factor = inputs
+        ctx.save_for_backward(u, may_fire)
 
     @staticmethod
     def backward(ctx, grad_spikes: Tensor):
@@ -98,12 +103,11 @@ class Activity(NamedTuple):
     membrane: Tensor
 
 
-def population(neuron: LIFNeuron, current: Tensor, hold: int = 1, loop=through_time) -> Activity:
+def population(neuron: LIFNeuron, current: Tensor, hold: int = 1) -> Activity:
     """A feed-forward population of neurons through time, from rest.
 
     Args:
         current: input currents, B x inputs x N; each is held for `hold` time steps.
-        loop: what applies a step at every time step, as `through_time` does.
     """
 
     def step(state, now):
@@ -111,5 +115,5 @@ def population(neuron: LIFNeuron, current: Tensor, hold: int = 1, loop=through_t
         return state, (state.spikes, state.membrane)
 
     held = current.repeat_interleave(hold, dim=1) if hold > 1 else current
-    _, outputs = loop(step, neuron.initial_state(current[:, 0]), held)
+    _, outputs = through_time(step, neuron.initial_state(current[:, 0]), held)
     return Activity(*outputs)

@@ -1,4 +1,7 @@
-"""The check of what a network is given, for all networks and backends."""
+"""The checks of what a network is given."""
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +15,28 @@ def check_operands(model: nn.Module, features: Tensor, labels: Tensor, query: Te
     Raises:
         ValueError: naming the argument, and what was expected.
     """
-    dtype, device = model.output_layer.weight.dtype, model.output_layer.weight.device
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the network's weights are {dtype}; it computes in float32 or float64: use model.float()")
-    for name, weight in model.named_parameters():
-        if weight.dtype != dtype or weight.device != device:
-            raise ValueError(f"{name} is {weight.dtype} on {weight.device}, output_layer.weight {dtype} on {device}; "
-                             "convert the whole network: model.to(...)")  # fmt: skip
     for name, x, wanted in (("features", features, "B x L x F"), ("labels", labels, "B x L"), ("query", query, "B x F")):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, not {type(x).__name__}; use torch.as_tensor")
         if x.dim() != wanted.count("x") + 1:
             raise ValueError(f"{name} must be of shape {wanted}, not {tuple(x.shape)}")
+    dtype, device = features.dtype, features.device
+    for name, weight in model.named_parameters():
+        if name.startswith("output_layer."):  # a head may be anything
+            continue
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {weight.dtype}; the network computes in float32 or float64: use model.float()")
+        if weight.dtype != dtype or weight.device != device:
+            raise ValueError(f"features are {dtype} on {device}, but {name} is {weight.dtype} on {weight.device}; "
+                             "convert one of them by .to(...)")  # fmt: skip
+    if query.dtype != dtype:
+        raise ValueError(f"query must be {dtype} as features is, not {query.dtype}")
+    for name, x in (("labels", labels), ("query", query)):
         if x.device != device:
-            raise ValueError(f"{name} is on {x.device}, the network on {device}; move it: {name}.to(...)")
-        if name != "labels" and x.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype} as the network's weights are, not {x.dtype}")
-    (batch, pairs, size), F = features.shape, model.input_layer.in_features
-    num_classes = model.output_layer.out_features
-    if size != F or query.shape[1] != F:
-        raise ValueError(f"features and query must end in feature_size {F}, not {size} and {query.shape[1]}")
+            raise ValueError(f"{name} is on {x.device}, features on {device}; move it: {name}.to(...)")
+    (batch, pairs, size), wanted_size = features.shape, model.sizes.feature_size
+    if size != wanted_size or query.shape[1] != wanted_size:
+        raise ValueError(f"features and query must end in feature_size {wanted_size}, not {size} and {query.shape[1]}")
     if pairs == 0:
         raise ValueError("features must hold at least one pair, not 0")
     if tuple(labels.shape) != (batch, pairs):
@@ -38,7 +45,27 @@ def check_operands(model: nn.Module, features: Tensor, labels: Tensor, query: Te
         raise ValueError(f"query must be of batch size {batch} as features is, not {query.shape[0]}")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, not {labels.dtype}")
-    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():  # elsewhere this would wait
-        low, high = labels.aminmax()
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must be 0 to {num_classes - 1}, not {int(low)} to {int(high)}")
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """See that labels are 0 to `num_classes` - 1. On a GPU that would wait; there, and where labels have no values yet (on the
+    meta device, while tracing, inside vmap), the embedding itself looks.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if labels.device.type != "cpu" or not labels.numel() or torch.compiler.is_compiling():
+        return
+    try:
+        low, high = (int(bound) for bound in labels.aminmax())
+    except RuntimeError:  # fake tensors and vmap
+        return
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels must be 0 to {num_classes - 1}, not {low} to {high}")
+
+
+def refuse_misspelled(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError for a name that is nearly a known one."""
+    for name in given:
+        if name not in known and (close := difflib.get_close_matches(name, known, n=1, cutoff=0.85)):
+            raise ValueError(f"{name} is no option of the network; did you mean {close[0]}?")

@@ -1,6 +1,7 @@
 """The time loop of the network, and its recomputation in the backward pass. It knows nothing of neurons."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 # step(state, *inputs at one time step) -> state, outputs at that time step. A state is a (nested) tuple of tensors.
 Step = Callable[..., tuple[Any, tuple[Tensor, ...]]]
 
+_thread = threading.local()  # `_thread.run` runs the steps in place of `run_steps` (models/backends/compiled.py)
 
-def through_time(
-    step: Step, state: Any, *inputs: Tensor, recompute_every: int | None = None, run: Callable | None = None
-) -> tuple[Any, tuple[Tensor, ...]]:
+
+def through_time(step: Step, state: Any, *inputs: Tensor, recompute_every: int | None = None) -> tuple[Any, tuple[Tensor, ...]]:
     """Apply `step` at every time step.
 
     Args:
@@ -22,12 +23,13 @@ def through_time(
         inputs: each B x time x ...; a step is given their slices B x ...
         recompute_every: while gradients are recorded, keep the state only at every this many steps, and recompute the
             steps between in the backward pass. None: automatic differentiation keeps every step.
-        run: what applies the step to inputs of some length; `run_steps` if None.
 
     Returns:
         The state after the last time step, and the outputs, each B x time x ...
     """
-    run = functools.partial(run or run_steps, step)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return run_steps(step, state, *inputs)  # they differentiate the steps themselves
+    run = functools.partial(getattr(_thread, "run", run_steps), step)
     leaves, structure = tree_flatten(state)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *leaves))
     if recompute_every is None or not differentiated or _learns(step, state, inputs):
@@ -37,6 +39,7 @@ def through_time(
 
 
 def run_steps(step: Step, state: Any, *inputs: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+    """The time loop itself."""
     outputs = []
     for now in zip(*(x.unbind(1) for x in inputs), strict=True):
         state, output = step(state, *now)

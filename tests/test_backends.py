@@ -1,23 +1,26 @@
 """Every backend computes what the plain model does, in both precisions, and refuses what it would get wrong."""
 
+import contextlib
 import copy
 import dataclasses
-import warnings
+import functools
 
 import golden
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrize, prune
 
 import models
-from models import backends
+from models import backends, store_and_recall
 from models.dynamics import Dynamics
-from models.hebbian_memory import WritingLayer
-from models.memorizing_associations import reference
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
 
 SMALL = {"num_time_steps": 10, "embedding_size": 8, "memory_size": 12}
+ALIVE = {"num_time_steps": 30, "embedding_size": 16, "memory_size": 20, "thr": 0.02}  # all populations fire
 
 
 def run_float32(name, backend):
@@ -52,13 +55,19 @@ MISUSES = {
     "other features": (lambda m, f, c, q: m(f[..., :4], c, q[..., :4]), "feature_size 10, not 4 and 4"),
     "no sample dimension": (lambda m, f, c, q: m(f[0], c[0], q[0]), "features must be of shape B x L x F"),
     "no pair": (lambda m, f, c, q: m(f[:, :0], c[:, :0], q), "at least one pair"),
-    "a label too large": (lambda m, f, c, q: m(f, c + 7, q), "labels must be 0 to 9, not 7 to 12"),
+    "a label of exactly C": (lambda m, f, c, q: m(f, c + 5, q), "labels must be 0 to 9, not 5 to 10"),
     "a negative label": (lambda m, f, c, q: m(f, c - 1, q), "labels must be 0 to 9, not -1 to 4"),
     "labels of another type": (lambda m, f, c, q: m(f, c.int(), q), "labels must be int64"),
-    "inputs in float64": (lambda m, f, c, q: m(f.double(), c, q.double()), "features must be torch.float32"),
+    "inputs in float64": (lambda m, f, c, q: m(f.double(), c, q.double()), "features are torch.float64.* is torch.float32"),
+    "a query in float64": (lambda m, f, c, q: m(f, c, q.double()), "query must be torch.float32"),
     "some weights in float64": (lambda m, f, c, q: (m.input_layer.double(), m(f, c, q)), "input_layer.weight is torch.float64"),
     "weights in bfloat16": (lambda m, f, c, q: m.bfloat16()(f.bfloat16(), c, q.bfloat16()), "float32 or float64"),
-    "inputs elsewhere": (lambda m, f, c, q: m(f.to("meta"), c, q), "features is on meta, the network on cpu"),
+    "inputs elsewhere": (
+        lambda m, f, c, q: m(f.to("meta"), c, q),
+        "features are .* on meta, but input_layer.weight is .* on cpu",
+    ),
+    "labels elsewhere": (lambda m, f, c, q: m(f, c.to("meta"), q), "labels is on meta, features on cpu"),
+    "arrays": (lambda m, f, c, q: m(f.numpy(), c, q), "features must be a tensor, not ndarray; use torch.as_tensor"),
 }
 
 
@@ -106,19 +115,23 @@ def superspike(ctx, grad_spikes):
     return grad_spikes * may_fire / (1 + u.abs()) ** 2, None, None
 
 
-@pytest.mark.parametrize("where, name, changed", [(HebbianRule, "update", oja), (models.neurons.Spike, "backward", superspike)])
-def test_a_changed_equation_is_not_computed_by_kernels_of_the_old_one(where, name, changed, monkeypatch):
-    monkeypatch.setattr(where, name, staticmethod(changed) if where is models.neurons.Spike else changed)
-    backends._difference.cache_clear()  # another process
-    try:
-        with pytest.raises(models.BackendError, match="backend cpp: it does not compute the model of these equations"):
-            models.build_model(SMALL, "cpp")(*pairs())
-        with pytest.warns(UserWarning, match=r"using the plain model.*cpp: it does not compute"):
-            backends._warn_of_the_plain_model.cache_clear()
-            chosen, _ = models.build_model(SMALL).prepare_backend("cpu")
-        assert chosen == "reference"
-    finally:
-        backends._difference.cache_clear()
+def test_an_equation_that_is_replaced_in_a_running_process_is_not_computed_by_kernels_of_the_old_one(monkeypatch):
+    model = models.build_model(SMALL, "cpp")
+    model(*pairs())
+    monkeypatch.setattr(HebbianRule, "update", oja)
+    with pytest.raises(models.BackendError, match="backend cpp: it does not compute the model of these equations"):
+        model(*pairs())
+    model.backend = "auto"
+    with pytest.warns(UserWarning, match=r"using the plain model, which is slow \(cpp: it does not compute"):
+        logits = model(*pairs()).logits
+    model.backend = "reference"
+    assert torch.equal(model(*pairs()).logits, logits)
+
+
+def test_another_surrogate_derivative_is_noticed_by_the_first_check(monkeypatch):
+    monkeypatch.setattr(models.neurons.Spike, "backward", staticmethod(superspike))
+    with pytest.raises(models.BackendError, match=r"float64: gradient of .* differs"):
+        backends.check(backends.load("cpp", "cpu"), "cpu", Dynamics(), store_and_recall)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,34 +142,56 @@ class LeakyRule(HebbianRule):
         return (1 - self.leak) * super().update(memory, value_trace, key_trace)
 
 
-def test_a_rule_or_a_constant_that_a_kernel_does_not_know_is_refused_by_name(monkeypatch):
-    with pytest.raises(models.BackendError, match="does not know LeakyRule"):
-        models.build_model(SMALL, "cpp", rule=LeakyRule())(*pairs())
-    plain = models.build_model(SMALL, "reference", rule=LeakyRule(leak=0.0))
-    published = models.build_model(SMALL, "reference")
-    published.load_state_dict(plain.state_dict())
-    assert torch.equal(plain(*pairs()).logits, published(*pairs()).logits)
-    monkeypatch.setitem(backends.KNOWN, LIFNeuron, backends.KNOWN[LIFNeuron] - {"tau_mem"})
-    with pytest.raises(models.BackendError, match="does not know the constant tau_mem of LIFNeuron"):
-        models.build_model(SMALL, "cpp")(*pairs())
+@dataclasses.dataclass(frozen=True)
+class WeakRule(HebbianRule):
+    def update(self, memory, value_trace, key_trace):
+        return super().update(0.9 * memory, value_trace, key_trace)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowNeuron(LIFNeuron):
+    @property
+    def alpha(self):
+        return 0.99
+
+
+class NoDataclass:
+    initial_state, step = LIFNeuron().initial_state, LIFNeuron().step
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ({"rule": LeakyRule()}, "does not know a network with or without leak"),
+        ({"rule": WeakRule()}, "does not compute the model of these equations"),
+        ({"neuron": NoDataclass()}, "takes neurons and rules that are dataclasses"),
+    ],
+)
+def test_a_rule_or_neuron_that_a_kernel_does_not_compute_is_refused(part, message):
+    model = models.build_model(SMALL, "cpp", **part)
+    with pytest.raises(models.BackendError, match=f"backend cpp: it {message}"):
+        model(*pairs())
+    model.backend = "auto"
+    with pytest.warns(UserWarning, match=f"cpp: it {message}"):
+        model(*pairs())
+
+
+def test_a_kernel_takes_what_it_needs_from_a_property_of_the_neuron():
+    ours, theirs = twins(backend="cpp", neuron=SlowNeuron(thr=0.02))
+    torch.testing.assert_close(ours(*pairs()).logits, theirs(*pairs()).logits)
 
 
 @pytest.mark.parametrize("number, dtype", [(4, torch.float64), *((number, torch.float32) for number in range(5))])
-def test_a_kernel_that_is_wrong_in_one_gradient_and_one_precision_does_not_pass(number, dtype, monkeypatch):
-    def wrong(*operands, **others):
+def test_a_kernel_that_is_wrong_in_one_gradient_and_one_precision_does_not_pass(number, dtype):
+    def wrong(*operands):
         operands = list(operands)
         if operands[0].dtype == dtype:
             exact = operands[number]
             operands[number] = 1.05 * exact - (0.05 * exact).detach()  # the value, with 1.05 times its gradient
-        return reference(*operands, **others)
+        return store_and_recall(*operands)
 
-    monkeypatch.setitem(backends._programs, "cpp", wrong)
-    backends._difference.cache_clear()
-    try:
-        found = backends._difference("cpp", "cpu", Dynamics(), reference, ())
-        assert found and str(dtype).removeprefix("torch.") in found and "gradient" in found
-    finally:
-        backends._difference.cache_clear()
+    with pytest.raises(models.BackendError, match=rf"\({str(dtype).removeprefix('torch.')}: gradient"):
+        backends.check(wrong, "cpu", Dynamics(), store_and_recall)
 
 
 @pytest.mark.parametrize(
@@ -166,60 +201,176 @@ def test_a_kernel_that_is_wrong_in_one_gradient_and_one_precision_does_not_pass(
 )
 def test_the_proof_holds_for_a_right_kernel_and_lets_neurons_fire(options):
     dynamics = models.build_model(options).dynamics
-    assert backends.choose("cpp", "cpu", dynamics, reference)[0] == "cpp"
-    operands, dynamics = backends.tiny_case(dynamics, torch.float64, "cpu", 0)
-    _, counts, _ = reference(*operands, dynamics)
+    assert backends.choose("auto", "cpu", dynamics, store_and_recall) == "cpp"
+    operands, dynamics = backends.tiny_case(dynamics, torch.float64, "cpu", 0, (3, 10, 18))
+    _, counts, _ = store_and_recall(*operands, dynamics)
     firing = [name for name, count in counts.items() if count.any()]
     assert set(firing) >= {"features_encoded", "labels_encoded", "query_encoded", "write_key", "write_value"}
     assert options or len(firing) == 7
 
 
+def random_states() -> list:
+    return [torch.random.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype()]
+
+
+MODES = {
+    "none": contextlib.nullcontext,
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "another default device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "anomaly mode": lambda: torch.autograd.set_detect_anomaly(True),
+    "flush": lambda: torch.random.fork_rng(devices=[]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the network computes in float32|Anomaly Detection")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_check_has_no_effect_on_its_caller_whose_modes_do_not_reach_it(mode):
+    """In a first forward; constants that let the model diverge are not an anomaly of the caller's."""
+    ours, theirs = twins()
+    for constants in ({}, {"gamma_pos": 1e6}):
+        dynamics = dataclasses.replace(ours.dynamics, rule=HebbianRule(**constants))
+        ours.dynamics = theirs.dynamics = dynamics
+        operands = pairs()
+        backends._choose.cache_clear()
+        before = random_states()
+        with MODES[mode]():
+            logits = ours(*operands).logits
+        assert random_states() == before
+        if not constants:
+            assert torch.equal(logits, theirs(*operands).logits)
+
+
+def test_the_check_needs_no_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        backends._choose.cache_clear()
+        model = models.build_model(SMALL, "cpp")
+        assert model(*pairs(dtype=torch.float64)).logits.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # Library use ------------------------------------------------------------------------------------------------------------
 
 
-def test_hooks_of_a_layer_are_run_or_the_kernel_is_refused():
-    """Pruning makes the weight in a hook before the layer's forward."""
-    model = models.build_model(SMALL)
-    prune.random_unstructured(model.writing_layer, "W", amount=0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the plain model
-        rates = model(*pairs()).rates
-    plain = models.build_model(SMALL, "reference")
-    plain.load_state_dict(
-        {k.removesuffix("_orig"): v for k, v in model.state_dict().items() if not k.endswith("mask")}
-        | {"writing_layer.W": model.writing_layer.W_orig * model.writing_layer.W_mask}
-    )
-    assert all(torch.equal(rate, rates[name]) for name, rate in plain(*pairs()).rates.items())
-    model.backend = "cpp"
-    with pytest.raises(models.BackendError, match="does not run the hooks of WritingLayer"):
-        model(*pairs())
+def twins(options=ALIVE, backend="cpp", **parts):
+    """A network that runs by a backend, and its copy that runs by the plain function."""
+    torch.manual_seed(3)
+    ours = models.build_model(options, backend, **parts)
+    theirs = copy.deepcopy(ours)
+    theirs.backend = "reference"
+    return ours, theirs
 
 
-class SilentWriting(WritingLayer):
-    def forward(self, *operands, **others):
-        memory, key, value = super().forward(*operands, **others)
-        return 0 * memory, key, value
+def lesion(layer, *output):
+    """A forward hook, which cuts the rows of every second neuron."""
+    weight = output[-1].clone()
+    weight[::2] = 0
+    return weight
 
 
-def test_a_kernel_does_not_stand_for_a_layer_that_computes_something_else():
-    model = models.build_model(SMALL, "cpp")
-    model.writing_layer.__class__ = SilentWriting
-    with pytest.raises(models.BackendError, match="does not know the layer SilentWriting"):
-        model(*pairs())
-
-
-class Negated(torch.nn.Module):
+class Negated(nn.Module):
     def forward(self, weight):
         return -weight
 
 
-def test_a_parametrized_weight_reaches_the_kernel():
-    model = models.build_model(SMALL, "cpp")
-    negative = copy.deepcopy(model)
-    with torch.no_grad():
-        negative.writing_layer.W.neg_()
-    parametrize.register_parametrization(model.writing_layer, "W", Negated())
-    assert all(torch.equal(rate, negative(*pairs()).rates[name]) for name, rate in model(*pairs()).rates.items())
+def replace_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda: 0.5 * forward()
+
+
+def change_constant(model):
+    model.dynamics = dataclasses.replace(model.dynamics, neuron=LIFNeuron(thr=0.03), memory_feedback=0.7)
+
+
+ALTERATIONS = {
+    "a lesion by a hook": lambda model: model.writing_layer.register_forward_hook(lesion),
+    "a hook of the reading layer": lambda model: model.reading_layer.register_forward_hook(lesion),
+    "a pruned weight": lambda model: prune.l1_unstructured(model.writing_layer, "W", amount=0.5),
+    "a parametrized weight": lambda model: parametrize.register_parametrization(model.reading_layer, "W", Negated()),
+    "a replaced forward": lambda model: replace_forward(model.writing_layer),
+    "a lesion of the encoding": lambda model: model.input_layer.register_forward_hook(lambda *args: 0.3 * args[-1]),
+    "a constant": change_constant,
+    "a readout of other neurons": lambda model: model.output_layer.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+}
+
+
+@pytest.mark.parametrize("alteration", ALTERATIONS)
+@pytest.mark.parametrize("backend", ["cpp", "auto"])
+def test_what_is_put_around_a_layer_and_a_changed_constant_act_alike_in_every_backend(alteration, backend):
+    models_of_both = twins(backend=backend)
+    unaltered = [model(*pairs()).logits for model in models_of_both]
+    for model in models_of_both:
+        ALTERATIONS[alteration](model)
+    ours, theirs = (model(*pairs()).logits for model in models_of_both)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(theirs, unaltered[1], rtol=1e-3)
+
+
+def test_hooks_of_all_modules_see_the_weights_in_every_backend():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: seen.append((type(module).__name__, output))
+    )
+    try:
+        for model in twins():
+            model(*pairs())
+    finally:
+        handle.remove()
+    names = [name for name, _ in seen]
+    assert names[: len(names) // 2] == names[len(names) // 2 :] and {"WritingLayer", "ReadingLayer"} <= set(names)
+    assert all(torch.is_tensor(output) for name, output in seen if name in ("WritingLayer", "ReadingLayer"))
+
+
+def test_a_function_of_ones_own_computes_the_network():
+    calls = []
+
+    def own(*operands):
+        calls.append(operands[5])
+        return store_and_recall(*operands)
+
+    ours, theirs = twins(backend=own)
+    assert torch.equal(ours(*pairs()).logits, theirs(*pairs()).logits)
+    assert calls == [theirs.dynamics]
+    with pytest.raises(ValueError, match="or a function, not 3"):
+        models.build_model(SMALL, 3)
+
+
+HEADS = {
+    "none": nn.Identity,
+    "several layers": lambda: nn.Sequential(nn.Linear(20, 5), nn.ReLU(), nn.Linear(5, 3)),
+    "more classes": lambda: nn.Linear(20, 200),
+    "in half precision": lambda: nn.Sequential(nn.Linear(20, 5, dtype=torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_replaced_head_works(head):
+    ours, _ = twins()
+    ours.output_layer = HEADS[head]()
+    if head == "in half precision":
+        ours.output_layer.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
+    assert len(ours(*pairs()).logits) == 3
+
+
+def test_more_labels_than_answers():
+    """Labels are bounded by the embedding."""
+    ours, _ = twins()
+    ours.embedding_layer = models.memorizing_associations.EmbeddingLayer(40, 16)
+    features, labels, query = pairs()
+    assert ours(features, labels + 30, query).logits.shape == (3, 10)
+    with pytest.raises(ValueError, match="labels must be 0 to 39, not 35 to 40"):
+        ours(features, labels + 35, query)
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta")])
+def test_tensors_without_values_give_shapes(mode):
+    backends._choose.cache_clear()
+    with mode():
+        output = models.build_model(SMALL)(torch.rand(3, 2, 10), torch.zeros(3, 2).long(), torch.rand(3, 10))
+    assert output.logits.shape == (3, 10) and output.rates["read_key"].shape == (3, 12)
 
 
 def test_the_plain_model_records_membranes_and_memories():
@@ -234,10 +385,53 @@ def test_the_plain_model_records_membranes_and_memories():
             refractory = torch.where(refractory > 0, refractory - 1, refractory_time_steps * spikes)
 
 
+# Derivatives ------------------------------------------------------------------------------------------------------------
+
+
+def loss_of(model, weights, features, labels, query):
+    """Of one sample, without its batch dimension."""
+    rates = functional_call(model, weights, (features[None], labels[None], query[None])).rates
+    return sum(rate.square().mean() for rate in rates.values())
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_per_sample_gradients_by_torch_func_are_those_of_autograd(backend):
+    model = models.build_model(ALIVE, backend).double()
+    backends._choose.cache_clear()  # so that the first check is inside vmap
+    weights, operands = dict(model.named_parameters()), pairs(dtype=torch.float64)
+    ours = vmap(grad(functools.partial(loss_of, model)), (None, 0, 0, 0))(weights, *operands)
+    for n in range(3):
+        loss = loss_of(model, weights, *(x[n] for x in operands))
+        for name, exact in zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True):
+            if exact is not None:
+                torch.testing.assert_close(ours[name][n], exact, rtol=1e-9, atol=1e-9 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_an_ensemble_runs_in_one_vmap(backend):
+    members = [models.build_model(ALIVE, backend) for _ in range(3)]
+    (weights, _), operands = stack_module_state(members), pairs()
+    logits = vmap(lambda weights: functional_call(members[0], weights, operands).logits)(weights)
+    for ours, member in zip(logits, members, strict=True):
+        torch.testing.assert_close(ours, member(*pairs()).logits)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_forward_mode_raises_and_is_never_zero(backend):
+    model = models.build_model(ALIVE, backend)
+    model(*pairs())
+    features, labels, query = pairs()
+    with pytest.raises(RuntimeError, match="jvp"):
+        jvp(lambda x: model(x, labels, query).rates["write_key"], (features,), (torch.ones_like(features),))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        model(torch.autograd.forward_ad.make_dual(features, torch.ones_like(features)), labels, query)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_a_second_derivative_is_right_or_raises(backend, monkeypatch):
-    options = {"num_time_steps": 30, "embedding_size": 16, "memory_size": 20}
-    model = models.build_model(options, backend).double()
+    model = models.build_model(ALIVE, backend).double()
 
     def second():
         rates = model(*pairs(dtype=torch.float64)).rates
@@ -245,8 +439,14 @@ def test_a_second_derivative_is_right_or_raises(backend, monkeypatch):
         return torch.autograd.grad(first.square().sum(), [model.writing_layer.W, model.input_layer.weight])
 
     if backend == "cpp":
-        with pytest.raises(RuntimeError, match="no autograd formula"):
+        with pytest.raises(models.BackendError, match="kernels have no second derivatives; use --backend reference"):
             second()
+        weights = dict(model.named_parameters())
+        with pytest.raises(models.BackendError, match="no second derivatives"):
+            operands = [x[0] for x in pairs(dtype=torch.float64)]
+            grad(lambda w: sum(g.square().sum() for g in grad(functools.partial(loss_of, model))(w, *operands).values()))(
+                weights
+            )
         return
     ours = second()
     monkeypatch.setattr(models.hebbian_memory, "RECOMPUTE_EVERY", None)
@@ -266,11 +466,25 @@ def test_a_step_that_learns_itself_gets_its_gradient():
     assert gradient.item() == pytest.approx(4 * 0.5**3 + 1 + 2 * 0.5 + 3 * 0.5**2)
 
 
-def test_torch_compile_takes_the_whole_network_once_its_backend_is_chosen():
-    model, operands = models.build_model(SMALL, "cpp"), pairs()
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_torch_compile_and_export_take_the_whole_network(backend):
+    """Of the plain function every step is traced, so it has few here."""
+    model, operands = models.build_model(ALIVE if backend == "cpp" else ALIVE | {"num_time_steps": 4}, backend), pairs()
+    backends._choose.cache_clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    model.prepare_backend("cpu")
     torch.testing.assert_close(compiled(*operands).logits, model(*operands).logits)
     compiled(*operands).logits.sum().backward()
     assert model.output_layer.weight.grad is not None
-    assert torch.export.export(model, operands).module()(*operands).logits.shape == (3, 10)
+    for strict in (False, True):
+        exported = torch.export.export(model, operands, strict=strict)
+        torch.testing.assert_close(exported.module()(*operands).logits, model(*operands).logits)
+
+
+def test_a_hook_counts_from_the_next_compilation():
+    model, operands = models.build_model(ALIVE, "cpp"), pairs()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = compiled(*operands).logits
+    model.writing_layer.register_forward_hook(lesion)
+    torch.compiler.reset()
+    assert not torch.equal(compiled(*operands).logits, before)
+    torch.testing.assert_close(compiled(*operands).logits, model(*operands).logits)

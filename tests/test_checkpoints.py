@@ -5,18 +5,23 @@ import os
 import random
 import stat
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from golden import PUBLISHED
+from helpers import refuse
 
 import data
 import memorizing_associations_task as task
 import models
 import plot_memorizing_associations_task as plot
 from examples import use_as_library
+from examples.another_neuron import AdaptiveNeuron
+from examples.another_rule import OjaRule
 from experiments import export
+from models.plasticity import HebbianRule
 from utils import checkpoints
 from utils.errors import UserError
 from utils.options import MODEL
@@ -303,13 +308,89 @@ def test_the_example_recalls_trains_and_saves(tmp_path, capsys):
     assert checkpoints.load_model(tmp_path / "mine.pth.tar").sizes.memory_size == 32
 
 
-def test_a_network_is_not_saved_with_options_of_another(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_size": 21}, "memory_size 21: the network has 20"),
+        ({"thr": 0.2}, "thr 0.2: the network has 0.1"),
+        ({"thr": -1.0}, "greater than 0"),
+        ({"tau_men": 20.0}, "tau_men is no option of the network; did you mean tau_mem"),
+    ],
+)
+def test_a_network_is_not_saved_with_options_of_another(options, message, tmp_path):
     model = models.build_model({"memory_size": 20})
-    with pytest.raises(UserError, match="does not fit the network"):
-        checkpoints.save_model(tmp_path / "mine.pth.tar", model, {"memory_size": 21})
-    with pytest.raises(ValueError, match="greater than 0"):
-        checkpoints.save_model(tmp_path / "mine.pth.tar", model, {"memory_size": 20, "thr": -1.0})
+    with pytest.raises(ValueError, match=message):
+        checkpoints.save_model(tmp_path / "mine.pth.tar", model, options)
+    with pytest.raises(ValueError, match="takes a MemorizingAssociations, not Linear"):
+        checkpoints.save_model(tmp_path / "mine.pth.tar", torch.nn.Linear(1, 1))
     assert not list(tmp_path.iterdir())
+
+
+TINY = {"num_classes": 3, "num_time_steps": 10, "embedding_size": 8, "memory_size": 8}
+
+
+def logits(model):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(4, 2, 10, generator=generator)
+    with torch.no_grad():
+        return model(features, torch.tensor([[0, 1]] * 4), features[:, 0], record=True).activity["write_value"]
+
+
+def test_constants_changed_in_a_network_are_saved(tmp_path):
+    model = models.build_model(TINY, "reference")
+    model.dynamics = replace(model.dynamics, rule=HebbianRule(gamma_neg=0.02), readout_delay=3)
+    checkpoints.save_model(tmp_path / "mine.pth.tar", model, {"sequence_length": 2})
+    loaded = checkpoints.load_model(tmp_path / "mine.pth.tar", "reference")
+    assert loaded.dynamics == model.dynamics
+    params = checkpoints.load(tmp_path / "mine.pth.tar")["params"]
+    assert (params["gamma_neg"], params["sequence_length"]) == (0.02, 2)
+    assert models.build_model(params).dynamics == model.dynamics  # all of them
+
+
+def test_an_own_neuron_and_an_own_rule_are_to_be_given_again(tmp_path, capsys):
+    path, parts = tmp_path / "mine.pth.tar", {"neuron": AdaptiveNeuron(strength=40.0), "rule": OjaRule(eta=0.1)}
+    model = models.build_model(TINY, "reference", **parts)
+    checkpoints.save_model(path, model)
+    assert torch.equal(logits(checkpoints.load_model(path, "reference", **parts)), logits(model))
+    assert not torch.equal(logits(models.build_model(TINY, "reference")), logits(model))
+    for given, message in (
+        ({}, r"its neuron is examples\.another_neuron\.AdaptiveNeuron\(.*strength=40\.0\); give it: load_model\(path, neuron="),
+        ({"neuron": parts["neuron"]}, r"its rule is .*OjaRule.*; give it"),
+        (parts | {"neuron": AdaptiveNeuron(strength=41.0)}, r"its neuron is .*40\.0.*, not .*41\.0"),
+        (parts | {"rule": HebbianRule()}, r"its rule is .*OjaRule.*, not .*HebbianRule"),
+    ):
+        with pytest.raises(UserError, match=rf"mine\.pth\.tar: {message}"):
+            checkpoints.load_model(path, **given)
+    assert "its neuron is examples.another_neuron.AdaptiveNeuron(" in refuse(capsys, "--resume", path, "--evaluate")
+    with pytest.raises(UserError, match=r"its rule is .*HebbianRule.*, not .*OjaRule"):
+        checkpoints.load_model(PUBLISHED, rule=OjaRule())
+
+
+def test_options_of_load_model_are_strict(tmp_path):
+    with pytest.raises(TypeError, match="load_model: taumem is no model option"):
+        checkpoints.load_model(PUBLISHED, taumem=3.0)
+    with pytest.raises(UserError, match=r"thr is 0\.1, not 0\.2; leave it out"):
+        checkpoints.load_model(PUBLISHED, thr=0.2)
+
+
+def test_wrapped_networks_are_saved_and_their_weights_read(tmp_path):
+    model = models.build_model(TINY)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for name, wrapped in {"averaged": averaged, "compiled": torch.compile(model)}.items():
+        checkpoints.save_model(tmp_path / f"{name}.pth.tar", wrapped)
+        assert torch.equal(logits(checkpoints.load_model(tmp_path / f"{name}.pth.tar")), logits(model))
+        torch.save(wrapped.state_dict(), tmp_path / f"{name}.pt")
+        with pytest.warns(UserWarning, match="assumed"):
+            loaded = checkpoints.load_model(tmp_path / f"{name}.pt", num_time_steps=10)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_loading_draws_no_random_numbers():
+    torch.manual_seed(1)
+    checkpoints.load_model(PUBLISHED)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)
 
 
 # For the published program

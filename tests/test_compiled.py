@@ -8,11 +8,10 @@ from torch._dynamo.utils import counters
 
 import models
 from examples.another_neuron import AdaptiveNeuron
-from models import backends
 from models.backends import compiled
 from models.hebbian_memory import hebbian_read
 from models.neurons import LIFNeuron, population
-from models.through_time import run_steps, through_time
+from models.through_time import run_steps
 
 SMALL = {"num_time_steps": 8, "embedding_size": 8, "memory_size": 8}
 
@@ -22,9 +21,18 @@ def traced(monkeypatch):
     """All but the last part of compilation, which takes a minute: graphs of two steps, run operation by operation."""
     monkeypatch.setattr(compiled, "STEPS", 2)
     monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend="aot_eager"))
-    backends._objection_to_compiled.cache_clear()
+    compiled._prove.cache_clear()
     yield
-    backends._objection_to_compiled.cache_clear()
+    compiled._prove.cache_clear()
+
+
+def by_compiled_loop(function, *operands):
+    with compiled._loop():
+        return function(*operands)
+
+
+def forward(model, batch):
+    return model(torch.rand(batch, 2, 10), torch.zeros(batch, 2).long(), torch.rand(batch, 10)).logits
 
 
 @pytest.mark.slow
@@ -47,7 +55,7 @@ def test_it_compiles_once_for_all_batches_and_lengths():
     def read(batch, steps):
         current, memory, weight = torch.rand(batch, steps, 6), torch.rand(batch, 6, 6), torch.rand(6, 6)
         operands = current.requires_grad_(), memory.requires_grad_(), weight.requires_grad_()
-        _, values = hebbian_read(*operands, dynamics, loop=compiled.through_time)
+        _, values = by_compiled_loop(hebbian_read, *operands, dynamics)
         values.membrane.sum().backward()
         return counters["stats"]["unique_graphs"]
 
@@ -63,9 +71,9 @@ def test_a_run_uses_the_code_that_was_proven_and_a_second_network_may_have_other
     try:
         for constants in ({}, {"thr": 0.2, "tau_mem": 15.0, "dampening_factor": 0.5, "refractory_time_steps": 1}):
             model = models.build_model(SMALL | constants, "compiled")
-            assert model.prepare_backend("cpu") == ("compiled", {})
+            forward(model, 4).sum().backward()
             proven = counters["stats"]["unique_graphs"]
-            model(torch.rand(4, 2, 10), torch.zeros(4, 2).long(), torch.rand(4, 10)).logits.sum().backward()
+            forward(model, 5).sum().backward()
             assert counters["stats"]["unique_graphs"] == proven
     finally:
         torch.set_num_threads(threads)
@@ -81,7 +89,7 @@ def test_nothing_but_the_batch_varies_in_the_code(monkeypatch):
 
     monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend=record))
     for neurons, constants in ((5, {}), (7, {}), (7, {"thr": 0.2, "tau_mem": 15.0}), (7, {"refractory_time_steps": 1})):
-        population(LIFNeuron(**constants), torch.rand(3, 2, neurons), 5, compiled.through_time)
+        by_compiled_loop(population, LIFNeuron(**constants), torch.rand(3, 2, neurons), 5)
     assert codes == 4 * [[torch.SymInt] + 4 * [Tensor]]
 
 
@@ -89,13 +97,13 @@ def test_nothing_but_the_batch_varies_in_the_code(monkeypatch):
 def test_a_neuron_with_another_state_is_compiled():
     current = torch.rand(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
-    def activity_and_gradient(neuron, loop=through_time):
-        spikes, membrane = population(neuron, current, 4, loop)
+    def activity_and_gradient(neuron):
+        spikes, membrane = population(neuron, current, 4)
         weights = torch.arange(membrane.numel()).view_as(membrane)
         return spikes, membrane, *torch.autograd.grad((membrane * weights + spikes).sum(), current)
 
     theirs = activity_and_gradient(AdaptiveNeuron(strength=100.0))
-    for ours, exact in zip(activity_and_gradient(AdaptiveNeuron(strength=100.0), compiled.through_time), theirs, strict=True):
+    for ours, exact in zip(by_compiled_loop(activity_and_gradient, AdaptiveNeuron(strength=100.0)), theirs, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
     assert not torch.equal(activity_and_gradient(LIFNeuron())[1], theirs[1])  # the other state matters
 
@@ -120,5 +128,5 @@ def wrong(step, state, *inputs):
 def test_compiled_code_that_fails_or_is_wrong_is_refused_in_one_line(block, message, monkeypatch):
     monkeypatch.setattr(compiled, "_block", block)
     with pytest.raises(models.BackendError, match=message) as failure:
-        models.build_model(SMALL, "compiled").prepare_backend("cpu")
+        forward(models.build_model(SMALL, "compiled"), 4)
     assert "\n" not in str(failure.value)

@@ -5,6 +5,7 @@ Most tests use a compiler of their own, which hands out the library that this se
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,18 @@ def test_processes_that_start_at_once_compile_once(cache, compiler, built):
     errors = [process.communicate(timeout=60)[1] for process in [start() for _ in range(3)]]
     assert log.read_text().count("\n") == 1
     assert sorted(error.split(" ")[0] for error in errors) == ["compiling", "waiting", "waiting"]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in build.FOLDER.glob("*.[hc]*")))
+def test_every_source_file_names_another_library(name, tmp_path, monkeypatch):
+    folder = shutil.copytree(build.FOLDER, tmp_path / "cpp")
+    monkeypatch.setattr(build, "FOLDER", folder)
+    monkeypatch.setattr(build, "SOURCE", folder / build.SOURCE.name)
+    before = build._key([["g++"]])
+    with open(folder / name, "a") as file:
+        file.write("// changed\n")
+    assert build._key([["g++"]]) != before
+    assert build._key([["g++", "-march=haswell"]]) != build._key([["g++"]])
 
 
 def test_a_killed_compilation_leaves_nothing(cache, compiler, built, tmp_path):

@@ -33,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}
 def write_case(path, model, features, labels, query, dtype):
     """One case as the driver reads it, with what the plain model computes."""
     model = model.to(dtype)
-    currents = [x.detach() for x in model.encoding_currents(features.to(dtype), labels, query.to(dtype))]
+    currents = [x.detach() for x in model.currents(features.to(dtype), labels, query.to(dtype))]
     weights = model.writing_layer.W, model.reading_layer.W
     inputs = [x.requires_grad_() for x in currents]
     readout, counts, activity = model.store_and_recall(*inputs, record=True)
@@ -86,6 +86,11 @@ def agrees(cases, tmp_path, *compiler, emulator=()):
                     reason="needs g++-aarch64-linux-gnu and qemu-user-static")  # fmt: skip
 def test_neon(cases, tmp_path):
     agrees(cases, tmp_path, "aarch64-linux-gnu-g++", "-O3", "-static", emulator=["qemu-aarch64-static"])
+
+
+@pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="needs a processor with AVX2")
+def test_avx2(cases, tmp_path):
+    agrees(cases, tmp_path, "g++", "-O2", "-march=haswell")
 
 
 @pytest.mark.slow

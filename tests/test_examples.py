@@ -1,5 +1,6 @@
 """The examples run from their own commands, at a tiny size, and hand in what they define."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,19 @@ def test_an_example_runs_and_draws_its_figure(name, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accuracy") == 2
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_network_of_the_model_page_recalls_and_learns():
+    text = (Path(__file__).parents[1] / "docs" / "model.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    torch.manual_seed(1)
+    network = names["Recall"](4, 20)
+    keys, values = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    spikes = network(keys, values, keys[:, 0])
+    assert spikes.shape == (3, 20) and spikes.any()
+    spikes.sum().backward()
+    assert all(weight.grad.any() for weight in (network.key.weight, network.value.weight, network.feedback.weight))
 
 
 def test_an_adaptive_neuron_fires_less_than_the_published_one():

@@ -11,6 +11,7 @@ import models
 from models import hebbian_memory
 from models.neurons import LIFNeuron, Spike
 from models.plasticity import HebbianRule
+from utils.options import TASK_GROUPS
 
 
 def run(current, **constants):
@@ -95,8 +96,23 @@ def test_recomputation_does_not_change_gradients(monkeypatch, steps):
     golden.check(golden.load("small_defaults"), "reference")
 
 
+def test_options_of_a_network():
+    """The whole record of a run will do; a name that is nearly an option, and a contradiction, are refused."""
+    record = {option.name: option.default for group in TASK_GROUPS.values() for option in group}
+    assert models.build_model(record).dynamics == models.Dynamics()
+    with pytest.raises(ValueError, match="tau_mam is no option of the network; did you mean tau_mem"):
+        models.build_model({"tau_mam": 10.0})
+    with pytest.raises(ValueError, match=r"tau_mem 10\.0: the neuron that is given has 20\.0; leave one of them out"):
+        models.build_model({"tau_mem": 10.0}, neuron=LIFNeuron())
+    with pytest.raises(ValueError, match=r"w_max 2\.0: the rule that is given has 1\.0"):
+        models.build_model({"w_max": 2.0}, rule=HebbianRule())
+    assert models.build_model({"tau_mem": 20.0}, neuron=LIFNeuron(thr=0.2)).dynamics.neuron.thr == 0.2
+
+
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, cpp, compiled, reference, not 'fast'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, triton, cpp, compiled, reference, or a function, not 'fast'"
+    ):
         models.build_model({}, "fast")
 
 

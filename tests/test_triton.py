@@ -22,12 +22,11 @@ pytest.importorskip("triton", reason="Triton is not installed; it is optional, f
 import triton
 from triton.backends.compiler import GPUTarget
 
-from models import POPULATIONS, BackendError, Dynamics, backends
+from models import POPULATIONS, BackendError, Dynamics, backends, store_and_recall
 from models.backends import triton as fused
 from models.backends.triton import population as population_kernels
 from models.backends.triton import reading, writing
 from models.hebbian_memory import hebbian_read, hebbian_write
-from models.memorizing_associations import reference
 from models.neurons import LIFNeuron, population
 from models.plasticity import HebbianRule
 
@@ -139,7 +138,7 @@ def test_agrees_with_the_reference(name, small_tiles, poison):
     dynamics = CASES[name]
     tensors = inputs(batch=2 if name == "odd sizes" else 1, length=2, embedding=10, memory=9)
     recalled, gradients = outcome(fused.store_and_recall, tensors, dynamics)
-    expected, expected_gradients = outcome(reference, tensors, dynamics)
+    expected, expected_gradients = outcome(store_and_recall, tensors, dynamics)
     assert_close(recalled.activity["memory"], expected.activity["memory"])
     for name in POPULATIONS:
         assert expected.activity[name].any(), f"{name} is silent: nothing is tested"
@@ -158,7 +157,7 @@ def test_agrees_with_the_reference(name, small_tiles, poison):
 def test_float32_has_the_results_and_gradients_of_the_plain_model(name, small_tiles, poison):
     """Every training runs in float32: the proof that a run begins with, at sizes of several tiles."""
     results = []
-    for backend in (fused.store_and_recall, reference):
+    for backend in (fused.store_and_recall, store_and_recall):
         tensors = [x.detach().float().requires_grad_() for x in inputs(batch=1, length=2, embedding=10, memory=9)]
         results.append(backends.outcome(backend, tensors, CASES[name]))
     assert backends.compare(*results, 1e-2) is None
@@ -183,7 +182,7 @@ def test_a_single_neuron(poison):
         for weight in tensors[3:]:
             weight.fill_(0.7)
     recalled, gradients = outcome(fused.store_and_recall, tensors, dynamics)
-    expected, expected_gradients = outcome(reference, tensors, dynamics)
+    expected, expected_gradients = outcome(store_and_recall, tensors, dynamics)
     assert expected.readout.any()
     assert torch.equal(recalled.readout, expected.readout)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -238,7 +237,7 @@ def test_float64_agrees_with_the_published_program(name):
 
 
 def fused_write_arguments(save):
-    tensors = [torch.rand(1, 2, 2, device=DEVICE, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    tensors = [torch.rand(1, 2, 2, device=DEVICE, dtype=torch.float64) for _ in range(2)]
     return *tensors, 0.2, astuple(LIFNeuron()), astuple(HebbianRule()), save
 
 
@@ -248,7 +247,7 @@ def test_operations_are_registered_as_torch_library_wants():
     neuron = list(astuple(LIFNeuron()))
 
     def tensor(*shape):
-        return (4 * torch.rand(shape, device=DEVICE, dtype=torch.float64)).requires_grad_()
+        return 4 * torch.rand(shape, device=DEVICE, dtype=torch.float64)
 
     torch.library.opcheck(population_kernels._lif, (tensor(1, 1, 2), 2, neuron))
     torch.library.opcheck(writing._write, fused_write_arguments(save=True))
@@ -289,6 +288,26 @@ def test_gradients_of_some_outputs_only(used):
 
 
 @runs_kernels
+def test_derivatives_that_the_kernels_lack_raise():
+    """Forward mode and second derivatives of each of the three operations."""
+    dynamics = quick(num_time_steps=2)
+    currents = [torch.rand(1, 2, 3, device=DEVICE, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    memory, weight = (torch.rand(shape, device=DEVICE, dtype=torch.float64) for shape in ((1, 3, 3), (3, 3)))
+    operations = (
+        lambda x: fused.lif(x, 2, dynamics.neuron),
+        lambda x: fused.hebbian_write(x, currents[1], dynamics)[0],
+        lambda x: fused.hebbian_write(currents[0], x, dynamics)[0],
+        lambda x: fused.hebbian_read(x, memory, weight, dynamics)[1],
+    )
+    for operation in operations:
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(operation, (currents[0].detach(),), (memory[:, :2],))
+        (first,) = torch.autograd.grad(operation(currents[0]).sum(), currents[0], create_graph=True)
+        with pytest.raises(BackendError, match="no second derivatives"):
+            torch.autograd.grad(first.sum(), currents[0])
+
+
+@runs_kernels
 def test_strided_inputs():
     """Gradients of sums are expanded, a transposed memory is not contiguous: kernels count on contiguous tensors."""
     current, weight = (
@@ -313,10 +332,11 @@ def test_strided_inputs():
 @compiles
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_auto_takes_another_backend_and_says_why(monkeypatch):
-    chosen, why_not = backends.choose("auto", "cpu", Dynamics(), reference)
-    assert chosen != "triton" and "NVIDIA" in why_not["triton"]
+    assert backends.choose("auto", "cpu", Dynamics(), store_and_recall) != "triton"
+    with pytest.raises(BackendError, match="backend triton: it runs on NVIDIA GPUs"):
+        backends.choose("triton", "cpu", Dynamics(), store_and_recall)
     with pytest.raises(BackendError, match="no CUDA device"):
-        backends.choose("triton", "cuda", Dynamics(), reference)
+        backends.choose("triton", "cuda:0", Dynamics(), store_and_recall)
     monkeypatch.setattr(fused, "IMPORT_ERROR", "No module named 'triton'")
     assert "pip install triton" in fused.unavailable("cuda")
 

@@ -12,6 +12,7 @@ plotting need `params` and `state_dict` only:
     history      one dictionary per epoch, the lines of the metrics file
     running      sums over the samples of the unfinished epoch
     time_stamp, log_dir
+    parts        of a network saved by `save_model`: class and constants of a neuron or a rule that is not the published one
     digest       SHA-256 over all the others
 
 The digest vouches for a file of this program. Published checkpoints have none, and are converted and checked: their `params` is
@@ -25,10 +26,12 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,15 +39,19 @@ import torch
 from torch import Tensor, nn
 
 import models
+from models import MemorizingAssociations
+from models.neurons import LIFNeuron
+from models.operands import refuse_misspelled
+from models.plasticity import HebbianRule
 from utils.errors import UserError
-from utils.options import MODEL, RECORDED, REMOVED, check_removed
+from utils.options import MODEL, RECORDED, REMOVED, SEQUENCE_LENGTH, check_removed
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 
 # What a checkpoint need not hold.
 _ABSENT = {"epoch": 0, "sample": 0, "best_acc": torch.tensor(0.0), "optimizer": None, "history": [], "running": {}}
-_ABSENT |= {"time_stamp": "", "log_dir": ""}
+_ABSENT |= {"time_stamp": "", "log_dir": "", "parts": {}}
 _NOT_LEARNED = "encoding_layer.encoding"
 # PyTorch's defaults, with which this program and the published one train.
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
@@ -54,37 +61,91 @@ _FOREIGN = "not a checkpoint of this program or of the published one"
 # A trained network, for use as a library
 
 
-def load_model(path: str | Path, backend: str = "auto", **options: Any) -> nn.Module:
+def load_model(
+    path: str | Path, backend: str | Callable = "auto", *, neuron: Any = None, rule: Any = None, **options: Any
+) -> MemorizingAssociations:
     """A trained network from a checkpoint, on the CPU.
 
     Args:
-        backend: one of `models.BACKENDS`.
+        backend: as of `models.MemorizingAssociations`.
+        neuron, rule: those of the network, where it was saved with others than `LIFNeuron` and `HebbianRule`.
         options: model options, for a file of weights alone, which does not hold them.
 
     Raises:
-        UserError: no such file, damaged, or no network of this program.
+        TypeError: no such model option.
+        UserError: no such file, damaged, no network of this program, of another neuron or rule, or of other options.
     """
-    checkpoint = load(path, options)
-    model = models.build_model(checkpoint["params"], backend)
+    if unknown := sorted(options.keys() - {option.name for option in MODEL}):
+        raise TypeError(f"load_model: {', '.join(unknown)} is no model option")
+    checkpoint = load(path, options, neuron=neuron, rule=rule)
+    for name, value in options.items():
+        if checkpoint["params"][name] != value:
+            raise UserError(f"{path}: {name} is {checkpoint['params'][name]}, not {value}; leave it out")
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+        model = models.build_model(checkpoint["params"], backend, neuron, rule)
     load_weights(model, checkpoint["state_dict"], path)
     return model
 
 
-def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Save a network so that `load_model`, --evaluate and the plot script take it.
+def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | None = None) -> None:
+    """Save a network so that `load_model` takes it, and, with the published neuron and rule, --evaluate and the plot script.
 
     Args:
-        options: those that `models.build_model` made it from; missing ones have their defaults.
+        model: a `MemorizingAssociations`, or one that `torch.compile`, `DistributedDataParallel` or `AveragedModel` wraps.
+        options: more to record, such as the `sequence_length` that it was trained with.
 
     Raises:
-        ValueError: an impossible option.
-        UserError: the options are not this network's, or the file cannot be written.
+        ValueError: not such a network, an impossible or misspelled option, or one that is not this network's.
+        UserError: the file cannot be written.
     """
-    params = {o.name: o.convert(options[o.name]) if o.name in options else o.default for o in MODEL}
-    state_dict = _own_names(model.state_dict())
+    network = model
+    while not isinstance(network, MemorizingAssociations):
+        network = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+        if network is None:
+            raise ValueError(f"save_model takes a MemorizingAssociations, not {type(model).__name__}")
+    refuse_misspelled(options or {}, [option.name for option in MODEL])
+    dynamics = network.dynamics
+    parts = (network.sizes, dynamics, dynamics.neuron, dynamics.rule)
+    params = {o.name: next((getattr(part, o.name) for part in parts if hasattr(part, o.name)), o.default) for o in MODEL}
+    for option in MODEL:
+        if option.name in (options or {}):
+            value = option.convert(options[option.name])
+            if option is not SEQUENCE_LENGTH and value != params[option.name]:
+                raise ValueError(f"{option.name} {value}: the network has {params[option.name]}")
+            params[option.name] = value
+    content = {"params": params, "state_dict": _own_names(network.state_dict()), "parts": {}}
+    for name, usual in _USUAL_PARTS.items():
+        if type(part := getattr(dynamics, name)) is not usual:
+            content["parts"][name] = _described(part)
     with torch.random.fork_rng(devices=[]):
-        load_weights(models.build_model(params, "reference"), state_dict, path)
-    save(Path(path), {"params": params, "state_dict": state_dict})
+        usual_network = models.build_model(params, "reference", dynamics.neuron, dynamics.rule)
+        load_weights(usual_network, content["state_dict"], path)
+    save(Path(path), content)
+
+
+_USUAL_PARTS = {"neuron": LIFNeuron, "rule": HebbianRule}
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """The class of a neuron or rule, and its constants; others than plain ones as text."""
+    values = {field.name: getattr(part, field.name) for field in fields(part)} if is_dataclass(part) else {}
+    plain = {name: value if isinstance(value, bool | int | float | str) else repr(value) for name, value in values.items()}
+    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", "fields": plain}
+
+
+def _check_parts(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises ValueError where neuron and rule are not those that a checkpoint was saved with. Classes are compared by name, and
+    nothing is imported."""
+    for name, usual in _USUAL_PARTS.items():
+        wanted, part = parts.get(name), given.get(name)
+        if wanted and part is None:
+            constants = ", ".join(f"{field}={value}" for field, value in wanted["fields"].items())
+            raise ValueError(f"its {name} is {wanted['class']}({constants}); give it: load_model(path, {name}=...)")
+        if part is not None:
+            ours, theirs = _described(part), wanted or {"class": f"{usual.__module__}.{usual.__qualname__}"}
+            differs = ours["class"].split(".")[-1] != theirs["class"].split(".")[-1]
+            if differs or ours["fields"] != theirs.get("fields", ours["fields"]):
+                raise ValueError(f"its {name} is {theirs}, not {ours}")
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
@@ -145,7 +206,7 @@ def remove_left_behind(path: Path) -> None:
 # Reading
 
 
-def load(path: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load(path: str | Path, given: Mapping[str, Any] | None = None, *, neuron: Any = None, rule: Any = None) -> dict[str, Any]:
     """Read a checkpoint: every key described above but the digest, published ones converted.
 
     `optimizer` is None where the file holds no state of Adam for this network, and what else may be absent has the value of a
@@ -155,9 +216,10 @@ def load(path: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, 
 
     Args:
         given: model options for a file of weights alone.
+        neuron, rule: as of `load_model`.
 
     Raises:
-        UserError: no such file, damaged, or not such a checkpoint.
+        UserError: no such file, damaged, not such a checkpoint, or of another neuron or rule.
     """
     try:
         content = _read(Path(path))
@@ -170,6 +232,7 @@ def load(path: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, 
                 "damaged: its contents do not have the digest they were written with; use another checkpoint (or, where they "
                 "were changed on purpose, remove the digest, too)"
             )
+        _check_parts(content.get("parts", {}), {"neuron": neuron, "rule": rule})
         params = content.get("params")
         if params is None:
             params = _params_of_weights(content["state_dict"], given or {})
@@ -259,7 +322,9 @@ def _converted(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+    """Without what DistributedDataParallel, `torch.compile` and AveragedModel add to the names."""
+    names = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state_dict.items()}
+    return {name: value for name, value in names.items() if name != "n_averaged"}
 
 
 def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import torch
 
 import models
+from models import backends
 from utils import distributed
 from utils.distributed import print_rank0
 from utils.errors import UserError
@@ -26,11 +27,11 @@ def choose_device(options: Options) -> torch.device:
         if not options.given & {"device", "gpu"}:
             return torch.device("cpu")
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device
+    return device if device.type == "cpu" else torch.device("cuda", device.index or 0)
 
 
-def choose_backend(model: torch.nn.Module, device: torch.device, options: Options) -> str:
-    """The backend that runs a network, which proves here that it computes it. Prints which one, and why not a faster one.
+def choose_backend(model: models.MemorizingAssociations, device: torch.device, options: Options) -> str:
+    """The backend that runs a network on a device, which is checked here. Prints which one it is.
 
     One that comes from a checkpoint and does not run here gives way to `auto`.
 
@@ -38,15 +39,14 @@ def choose_backend(model: torch.nn.Module, device: torch.device, options: Option
         models.BackendError: the backend asked for by name cannot run this network here.
     """
     try:
-        backend, why_not = model.prepare_backend(device.type)
+        backend = backends.choose(model.backend, str(device), model.dynamics, models.store_and_recall)
     except models.BackendError as error:
         if distributed.broadcast_object("backend" in options.given):
             raise
         print_rank0(f"the checkpoint's run used another backend: {error}")
         model.backend = "auto"
-        backend, why_not = model.prepare_backend(device.type)
-    reasons = (f" ({name}: {why})" for name, why in why_not.items() if name != "triton" or device.type == "cuda")
-    line = f"backend {backend} on {device}{''.join(reasons)}"
+        backend = backends.choose(model.backend, str(device), model.dynamics, models.store_and_recall)
+    line = f"backend {backend} on {device.type}"
     if device.type == "cpu" and torch.cuda.is_available() and not options.given & {"device", "gpu"}:
         line += "; there is a GPU, which --device cuda --backend auto uses"
     print_rank0(line)

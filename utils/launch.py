@@ -143,9 +143,10 @@ def run(job: Callable[..., int], ranks: Ranks | None, options: Options, *args) -
     options.values["world_size"] = ranks.nodes
     if ranks.local_rank is not None:
         _child(ranks.local_rank, job, ranks, options, args, functools.partial(print, file=sys.stderr))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the processes warn
-        backends.build(options["backend"], "cuda" if _uses_gpus(options) else "cpu")
+    for kernel in backends.KERNELS:
+        if options["backend"] in ("auto", kernel):
+            with suppress(BackendError):  # which each process raises, too
+                backends.load(kernel, "cuda" if _uses_gpus(options) else "cpu")  # compiled once, before there are processes
     return _run_children(job, ranks, options, args)
 
 

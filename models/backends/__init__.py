@@ -1,241 +1,197 @@
-"""Accelerators: programs that compute in less time what the plain model (`models.memorizing_associations`) defines.
+"""What computes in less time the function that the plain model defines (`models.hebbian_memory.store_and_recall`).
 
-A kernel backend is a module with two functions:
+A backend is a module with two functions:
 
     unavailable(device_type) -> str | None     why it cannot run on such a device here, in one line with the remedy, or None
     store_and_recall(features_current, labels_current, query_current, write_weight, read_weight, dynamics, record)
-                                               as the plain model's function of the same name, which defines the meaning
+                                               as the plain function
 
-"reference" is the name of the plain model itself, and "compiled" that of the plain model with its time loop compiled by
-`torch.compile`: `auto` never takes it, since it compiles for minutes. Before a kernel or compiled code is used with some
-constants for the first time in a process, it must prove that it computes what the plain model does.
+"reference" is the plain function itself, and "compiled" is it with its time loop compiled by `torch.compile`, which takes
+minutes. A kernel is used with some constants only after it agreed with the plain function in a tiny case with them.
 """
 
 import functools
 import importlib
-import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.dynamics import Dynamics
-from models.neurons import LIFNeuron
-from models.plasticity import HebbianRule
 
 BACKENDS = ("auto", "triton", "cpp", "compiled", "reference")
-KERNELS = ("triton", "cpp")  # those that `auto` tries, from the fastest to the slowest, before the plain model
+KERNELS = ("triton", "cpp")  # those that `auto` tries, from the fastest to the slowest, before the plain function
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}  # of the norm of a result or a gradient
+NEGLIGIBLE = 1e-30  # where products of float32 vanish
+TRIALS = 3  # rounding flips a spike in one draw in some thousands, a wrong program differs in all
 
-# What the kernels take. A constant beside these would be dropped in silence.
-KNOWN = {
-    Dynamics: {"num_time_steps", "readout_delay", "memory_feedback", "readout_steps", "neuron", "rule"},
-    LIFNeuron: {"thr", "perfect_reset", "refractory_time_steps", "tau_mem", "dampening_factor"},
-    HebbianRule: {"w_max", "gamma_pos", "gamma_neg", "tau_trace"},
-}
-
-TINY = 3, 10, 18  # samples, embedding size and memory size of the case in which a kernel proves itself
+_functions: dict[str, Callable] = {}  # those chosen so far, by name
 
 
 class BackendError(RuntimeError):
     """A backend asked for by name cannot run here, or does not compute this network."""
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError for a name that is not one of BACKENDS."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+def check_name(backend: str | Callable) -> None:
+    """Raises ValueError for what is neither a function nor one of BACKENDS."""
+    if not callable(backend) and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or a function, not {backend!r}")
 
 
-def choose(
-    name: str,
-    device_type: str,
-    dynamics: Dynamics,
-    plain: Callable,
-    altered: str | None = None,
-    sizes: tuple[int, int, int] = TINY,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[str, dict[str, str]]:
-    """The backend that runs a network on a device ("cpu", "cuda"), and for each faster kernel why it does not.
-
-    `auto` takes the fastest kernel that runs here and proves that it is this model, else the plain model, with a warning; a
-    backend asked for by name runs or raises.
-
-    Args:
-        plain: the plain model, with the signature of a kernel.
-        altered: why a kernel cannot stand for this network's layers, or None.
-        sizes, dtype: samples, embedding size and memory size, and type, that the time loop is compiled for.
+def find(backend: str | Callable, device: torch.device, dynamics: Dynamics, plain: Callable) -> Callable:
+    """The function that computes a network in time: `backend` itself if it is one, or that of a backend's name.
 
     Raises:
         ValueError: no such backend.
-        BackendError: the backend asked for cannot run this network here.
+        BackendError: the backend asked for by name cannot run this network here.
     """
-    check_name(name)
-    if name in KERNELS and (reason := _objection(name, device_type, dynamics, plain, altered)):
-        raise BackendError(f"backend {name}: {reason}")
-    if name == "compiled" and (reason := _objection_to_compiled(device_type, dynamics, plain, equations(), sizes, dtype)):
-        raise BackendError(f"backend compiled: {reason}")
-    if name != "auto":
-        return name, {}
-    why_not = {}
-    for kernel in KERNELS:
-        reason = _objection(kernel, device_type, dynamics, plain, altered)
-        if reason is None:
-            return kernel, why_not
-        why_not[kernel] = reason
-    if device_type == "cpu":
-        del why_not["triton"]  # nobody expects a GPU's kernels there
-    reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in why_not.items())
-    changed = any(unavailable(kernel, device_type) is None for kernel in why_not)
-    _warn_of_the_plain_model(f"({reasons})" + ("; --backend compiled is several times faster" if changed else ""))
-    return "reference", why_not
+    return backend if callable(backend) else _functions[choose(backend, str(device), dynamics, plain)]
 
 
-def program(name: str) -> Callable:
-    """What a backend other than the plain model consists of: the kernel's `store_and_recall`, or the compiled time loop."""
-    if name not in _programs:
-        module = importlib.import_module(f"models.backends.{name}")
-        _programs[name] = module.store_and_recall if name in KERNELS else module.through_time
-    return _programs[name]
+@torch.compiler.assume_constant_result  # a name: a function that is returned cannot be traced
+def choose(name: str, device: str, dynamics: Dynamics, plain: Callable) -> str:
+    """The name of the backend that runs a network with these constants on a device, such as "cpu" or "cuda:1".
 
-
-_programs: dict[str, Callable] = {}
-
-
-def build(name: str, device_type: str) -> None:
-    """Build ahead what a backend compiles, before processes start that would all want to.
+    `auto` takes the first kernel that runs here and agrees with the plain function, else that one, with a warning that says
+    why; a backend asked for by name runs or raises. The plain function stands in for "compiled" while the caller is traced.
 
     Raises:
-        BackendError: the backend asked for by name cannot run here.
+        ValueError: no such backend.
+        BackendError: the backend asked for by name cannot run this network here.
     """
-    for kernel in KERNELS:
-        reason = unavailable(kernel, device_type) if name in ("auto", kernel) else None
-        if reason and name == kernel:
-            raise BackendError(f"backend {kernel}: {reason}")
+    check_name(name)
+    _functions["reference"] = plain
+    if name == "reference" or (name == "compiled" and torch.compiler.is_compiling()):
+        return "reference"
+    return _choose(name, device, dynamics, plain, equations(dynamics))
+
+
+def equations(dynamics: Dynamics) -> tuple:
+    """The functions and properties of the classes of neuron and rule: one that is replaced in a running process is noticed."""
+    classes = [kind for part in (dynamics.neuron, dynamics.rule) for kind in type(part).__mro__[:-1]]
+    return tuple(value for kind in classes for value in vars(kind).values() if callable(value) or isinstance(value, property))
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(name: str, device: str, dynamics: Dynamics, plain: Callable, equations: tuple) -> str:
+    reasons = []
+    for candidate in KERNELS if name == "auto" else (name,):
+        try:
+            function = load(candidate, device)
+            if candidate == "compiled":  # it checks itself, for the sizes that it is called with
+                function = functools.partial(function, plain=plain)
+            else:
+                check(function, device, dynamics, plain)
+            _functions[candidate] = function
+            return candidate
+        except BackendError as reason:
+            if name != "auto":
+                raise BackendError(f"backend {candidate}: {reason}") from None
+            if candidate != "triton" or device != "cpu":  # nobody expects a GPU's kernels there
+                reasons.append(f"{candidate}: {reason}")
+    warnings.warn(f"using the plain model, which is slow ({'; '.join(reasons)})", stacklevel=2)
+    return "reference"
+
+
+def load(name: str, device: str) -> Callable:
+    """The function of a kernel, or the compiled one. Raises BackendError where it cannot run on such a device here."""
+    if reason := _unavailable(name, device.split(":")[0]):
+        raise BackendError(reason)
+    return importlib.import_module(f"models.backends.{name}").store_and_recall
 
 
 @functools.cache
-def _warn_of_the_plain_model(reasons: str) -> None:
-    warnings.warn(f"using the plain model, which is slow {reasons}", stacklevel=2)
+def _unavailable(name: str, device_type: str) -> str | None:
+    return importlib.import_module(f"models.backends.{name}").unavailable(device_type)
 
 
-@functools.cache
-def unavailable(kernel: str, device_type: str) -> str | None:
-    """Why a kernel backend cannot run on such a device here, in one line with the remedy, or None."""
-    return importlib.import_module(f"models.backends.{kernel}").unavailable(device_type)
+def constants(dynamics: Dynamics, known: Iterable[str]) -> dict[str, Any]:
+    """All constants by name, for a kernel that knows these.
 
-
-@functools.cache
-def _objection_to_compiled(
-    device_type: str, dynamics: Dynamics, plain: Callable, equations: tuple, sizes: tuple[int, int, int], dtype: torch.dtype
-) -> str | None:
-    """Compile the time loop for a training with these sizes, and why it does not compute the plain model, or None.
-
-    With the run's own number of threads: other code is compiled for another.
+    Raises:
+        BackendError: there are others, or some are lacking.
     """
-    how_long = "one to three minutes, and some seconds more at the first evaluation; less if PyTorch's cache holds it"
-    print(f"compiling the time loop ({how_long}) ...", file=sys.stderr, flush=True)
-    compiled = functools.partial(plain, loop=program("compiled"))
     try:
-        return _first_difference(compiled, device_type, dynamics, plain, (dtype,), sizes)
-    except Exception as failure:  # of Python, C++ or Triton, in many layers
-        cause = str(getattr(failure, "inner_exception", failure))  # PyTorch wraps it
-        reason = next((line for line in cause.splitlines() if line.strip()), type(failure).__name__)
-        compiler = "a C++ compiler (g++, or set CXX)" if device_type == "cpu" else "Triton and a C compiler"
-        return f"torch.compile fails ({reason.strip()[:200]}); it needs {compiler}; --backend reference runs without"
+        parts = (dynamics, dynamics.neuron, dynamics.rule)
+        values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
+    except TypeError:
+        raise BackendError("it takes neurons and rules that are dataclasses; use compiled or reference") from None
+    del values["neuron"], values["rule"]
+    if unknown := sorted(values.keys() ^ set(known)):
+        raise BackendError(f"it does not know a network with or without {', '.join(unknown)}; use compiled or reference")
+    return values
 
 
-def equations() -> tuple:
-    """The functions that hold the published equations: whoever replaces one in a running process is noticed."""
-    return LIFNeuron.step, LIFNeuron.initial_state, HebbianRule.update, HebbianRule.update_trace
+# The check of a kernel. It leaves no trace in its caller: no module is built, and no random number of the caller's is drawn.
 
 
-def _objection(kernel: str, device_type: str, dynamics: Dynamics, plain: Callable, altered: str | None) -> str | None:
-    """Why a kernel does not run this network, or None."""
-    reason = unavailable(kernel, device_type) or altered or _unknown(dynamics)
-    return reason or _difference(kernel, device_type, dynamics, plain, equations())
-
-
-def _unknown(dynamics: Dynamics) -> str | None:
-    """What the kernels do not know among neuron, rule and constants."""
-    for constants, known in ((dynamics, Dynamics), (dynamics.neuron, LIFNeuron), (dynamics.rule, HebbianRule)):
-        if type(constants) is not known:
-            return f"it does not know {type(constants).__name__}, only {known.__name__}; use compiled or reference"
-        if unknown := {f.name for f in fields(known)} ^ KNOWN[known]:
-            return f"it does not know the constant {', '.join(sorted(unknown))} of {known.__name__}; use compiled or reference"
-    return None
-
-
-# The proof ---------------------------------------------------------------------------------------------------------------
-
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}  # of the norm of a gradient
-NEGLIGIBLE = 1e-30  # where products of float32 vanish
-TRIALS = 3  # rounding flips a spike in one draw in some thousands, a wrong program differs in all
-
-
-@functools.cache
-def _difference(kernel: str, device_type: str, dynamics: Dynamics, plain: Callable, equations: tuple) -> str | None:
-    """How a kernel differs from the plain model in a tiny case with these constants, or None."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for so little work, threads that wait for each other cost more than they do
-    try:
-        return _first_difference(program(kernel), device_type, dynamics, plain, tuple(TOLERANCE))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _first_difference(
-    store_and_recall: Callable,
-    device_type: str,
+def check(
+    function: Callable,
+    device: str,
     dynamics: Dynamics,
     plain: Callable,
-    dtypes: tuple[torch.dtype, ...],
-    sizes: tuple[int, int, int] = TINY,
-) -> str | None:
+    dtypes: Iterable[torch.dtype] = tuple(TOLERANCE),
+    sizes: tuple[int, int, int] = (3, 10, 18),
+) -> None:
+    """Compare a function with the plain one in a tiny case with these constants: results and gradients.
+
+    Args:
+        sizes: samples, embedding size and memory size.
+
+    Raises:
+        BackendError: they differ.
+    """
+    # In a thread of its own, where the caller's inference mode, autocast, vmap, fake tensors and default device are not on.
+    with ThreadPoolExecutor(1, "check", torch.set_num_threads, (torch.get_num_threads(),)) as thread:
+        thread.submit(_check, function, device, dynamics, plain, dtypes, sizes).result()
+
+
+def _check(function, device, dynamics, plain, dtypes, sizes) -> None:
     for dtype in dtypes:
         difference = None
         for seed in range(TRIALS):
-            operands, dynamics_of_case = tiny_case(dynamics, dtype, device_type, seed, sizes)
-            expected = outcome(plain, operands, dynamics_of_case)
-            if not all(torch.isfinite(x).all() for x in expected.values()):
-                continue  # these constants let the model itself diverge
-            difference = compare(outcome(store_and_recall, operands, dynamics_of_case), expected, TOLERANCE[dtype])
+            operands, dynamics_of_case = tiny_case(dynamics, dtype, device, seed, sizes)
+            with torch.autograd.set_detect_anomaly(False):  # it is on in all threads, and some constants diverge
+                expected = outcome(plain, operands, dynamics_of_case)
+                if not all(torch.isfinite(x).all() for x in expected.values()):
+                    continue  # these constants let the plain model itself diverge
+                difference = compare(outcome(function, operands, dynamics_of_case), expected, TOLERANCE[dtype])
             if difference is None:
                 break
         if difference:
             name = str(dtype).removeprefix("torch.")
-            return f"it does not compute the model of these equations and constants ({name}: {difference})"
-    return None
+            raise BackendError(f"it does not compute the model of these equations and constants ({name}: {difference})")
 
 
 def tiny_case(
-    dynamics: Dynamics, dtype: torch.dtype, device_type: str, seed: int, sizes: tuple[int, int, int] = TINY
+    dynamics: Dynamics, dtype: torch.dtype, device: str, seed: int, sizes: tuple[int, int, int]
 ) -> tuple[list[Tensor], Dynamics]:
     """Currents and weights that make neurons with these constants fire, for samples of two pairs."""
     pairs, (batch, embedding, memory) = 2, sizes
     steps = min(dynamics.num_time_steps, max(20, min(dynamics.readout_delay + 8, 40)))
     thr, gain = getattr(dynamics.neuron, "thr", 1.0), 1 - getattr(dynamics.neuron, "alpha", 0.95)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         # A membrane reaches the threshold in a few steps, whatever the time constant is.
-        scale = thr * (1 + 0.4 / gain)
-        return (scale * (torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low)).to(dtype)
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") * (high - low) + low
+        return (thr * (1 + 0.4 / gain) * drawn).to(device, dtype).requires_grad_()
 
     currents = [uniform(0, 1, *shape) for shape in ((batch, pairs, embedding), (batch, pairs, embedding), (batch, embedding))]
     weights = [uniform(-0.15, 0.4, 2 * memory, 2 * embedding), uniform(-0.1, 1.0, memory, embedding + memory)]
-    return [x.to(device_type).requires_grad_() for x in (*currents, *weights)], replace(dynamics, num_time_steps=steps)
+    return [*currents, *weights], replace(dynamics, num_time_steps=steps)
 
 
-def outcome(store_and_recall: Callable, operands: list[Tensor], dynamics: Dynamics) -> dict[str, Tensor]:
+def outcome(function: Callable, operands: list[Tensor], dynamics: Dynamics) -> dict[str, Tensor]:
     """Readout and spike counts, and the gradients of a sum in which each has a weight of its own."""
-    with torch.enable_grad():
-        readout, spike_counts, _ = store_and_recall(*operands, dynamics=dynamics, record=False)
-        results = {"readout": readout} | spike_counts
-        objective = sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x)).sum()
-                        for x in results.values())  # fmt: skip
-        gradients = torch.autograd.grad(objective, operands)
+    readout, spike_counts, _ = function(*operands, dynamics, False)
+    results = {"readout": readout} | spike_counts
+    seeds = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x) for x in results.values()]
+    gradients = torch.autograd.grad(list(results.values()), operands, seeds)
     names = "features_current", "labels_current", "query_current", "write_weight", "read_weight"
     return results | {f"gradient of {name}": x for name, x in zip(names, gradients, strict=True)}
 

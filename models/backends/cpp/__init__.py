@@ -2,18 +2,20 @@
 
 import ctypes
 import os
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
+from models import backends
 from models.backends import BackendError
 from models.backends.cpp.build import BuildError, Options, Tensors, library
+from models.backends.derivatives import differentiable, not_differentiable
 from models.dynamics import POPULATIONS, Dynamics
 
 SIZES = ("batch", "pairs", "embedding", "memory", "threads")
 KINDS = dict(Options._fields_)
 CONSTANTS = [name for name in KINDS if name not in SIZES]
+KNOWN = {*CONSTANTS, "tau_mem", "tau_trace"} - {"alpha", "beta"}
 TENSORS = [name for name, _ in Tensors._fields_]
 
 
@@ -30,8 +32,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def _constants(dynamics: Dynamics) -> list[float]:
-    values = asdict(dynamics) | asdict(dynamics.neuron) | asdict(dynamics.rule)
-    values |= {"alpha": dynamics.neuron.alpha, "beta": dynamics.rule.beta}
+    values = backends.constants(dynamics, KNOWN) | {"alpha": dynamics.neuron.alpha, "beta": dynamics.rule.beta}
     return [float(values[name]) for name in CONSTANTS]
 
 
@@ -109,16 +110,21 @@ def _(grad_readout, grad_counts, features, labels, query, write_weight, read_wei
     return tuple(torch.empty_like(x) for x in (features, labels, query, write_weight, read_weight))
 
 
+_backward_once = not_differentiable(torch.ops.memorizing_associations.store_and_recall_backward.default)
+
+
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.constants, _ = inputs
-    ctx.save_for_backward(*tensors, output[-1])
+    _, _, *not_learned, value_order = output
+    ctx.mark_non_differentiable(*not_learned, value_order)
+    ctx.save_for_backward(*tensors, value_order)
 
 
-def _autograd(ctx, grad_readout, grad_counts, *_):
-    return *_backward(grad_readout, grad_counts, *ctx.saved_tensors, ctx.constants), None, None
+def _gradient(ctx, grad_readout, grad_counts, *_):
+    return *_backward_once(grad_readout, grad_counts, *ctx.saved_tensors, ctx.constants), None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_run = differentiable(torch.ops.memorizing_associations.store_and_recall.default, _setup_context, _gradient)
 
 
 def store_and_recall(
@@ -130,9 +136,9 @@ def store_and_recall(
     dynamics: Dynamics,
     record: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
-    """As `MemorizingAssociations.store_and_recall`, as a function of the weights."""
+    """As `models.hebbian_memory.store_and_recall`."""
     (batch, pairs, embedding), size = features_current.shape, read_weight.shape[0]
-    readout, counts, spikes, memory, _ = _forward(
+    readout, counts, spikes, memory, _ = _run(
         features_current, labels_current, query_current, write_weight, read_weight, _constants(dynamics), record
     )
     widths = (embedding,) * 3 + (size,) * 4

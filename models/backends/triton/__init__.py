@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from models import backends
 from models.dynamics import POPULATIONS, Dynamics
+
+KNOWN = """num_time_steps readout_delay memory_feedback readout_steps thr perfect_reset refractory_time_steps tau_mem
+    dampening_factor w_max gamma_pos gamma_neg tau_trace""".split()
 
 try:
     import triton
@@ -50,7 +54,8 @@ def store_and_recall(
     dynamics: Dynamics,
     record: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
-    """As `MemorizingAssociations.store_and_recall`, as a function of the weights."""
+    """As `models.hebbian_memory.store_and_recall`."""
+    backends.constants(dynamics, KNOWN)
     num_steps, constants = dynamics.num_time_steps, dynamics.neuron
     embedding_size = query_current.shape[-1]
     encoded = lif(torch.cat([features_current, labels_current], dim=-1), num_steps, constants)

@@ -10,7 +10,6 @@ from dataclasses import fields
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 REGISTERS = 65536  # of a multiprocessor
 
@@ -70,11 +69,6 @@ def launch(kernel, programs: int, *args, **constants) -> None:
 def dataclass_of(cls, values: list[float]):
     """The dataclass of constants that crossed torch.library as floats."""
     return cls(*(f.type(value) for f, value in zip(fields(cls), values, strict=True)))
-
-
-def without_gradient(ctx, outputs: list[Tensor]) -> None:
-    ctx.mark_non_differentiable(*outputs)
-    ctx.set_materialize_grads(False)  # or PyTorch makes zeros of their sizes, as large as all that is kept
 
 
 def tile_of(size: int, elements: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.backends.derivatives import differentiable, not_differentiable
 from models.backends.triton.common import dataclass_of, launch, lif_adjoint, lif_step
 from models.neurons import LIFNeuron
 
@@ -19,7 +20,7 @@ AHEAD = tl.constexpr(8)  # loads in flight: a step of a feed-forward population 
 
 def lif(current: Tensor, steps: int, constants: LIFNeuron) -> Tensor:
     """`models.neurons.population`, its spikes."""
-    return _lif(current, steps, astuple(constants))
+    return _population(current, steps, astuple(constants))
 
 
 @triton.jit(do_not_specialize=["inputs", "total"])
@@ -130,7 +131,8 @@ def _lif_setup(ctx, inputs, output):
 
 
 def _lif_gradient(ctx, grad_spikes):
-    return _lif_backward(grad_spikes, *ctx.saved_tensors, *ctx.constants), None, None
+    return _lif_backward_once(grad_spikes, *ctx.saved_tensors, *ctx.constants), None, None
 
 
-_lif.register_autograd(_lif_gradient, setup_context=_lif_setup)
+_lif_backward_once = not_differentiable(torch.ops.fused_triton.lif_backward.default)
+_population = differentiable(torch.ops.fused_triton.lif.default, _lif_setup, _lif_gradient)

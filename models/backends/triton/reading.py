@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.backends.triton.common import dataclass_of, launch, lif_adjoint, lif_step, tile_of, without_gradient
+from models.backends.derivatives import differentiable, not_differentiable
+from models.backends.triton.common import dataclass_of, launch, lif_adjoint, lif_step, tile_of
 from models.dynamics import Dynamics
 from models.neurons import LIFNeuron
 
@@ -19,7 +20,7 @@ READ_TILE = 4096
 
 def hebbian_read(query_current: Tensor, memory: Tensor, feedback_weight: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
     """`models.hebbian_memory.hebbian_read`: key spikes, value spikes."""
-    return _read(query_current, memory, feedback_weight, dynamics.readout_delay, astuple(dynamics.neuron))[:2]
+    return _recall(query_current, memory, feedback_weight, dynamics.readout_delay, astuple(dynamics.neuron))[:2]
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def _(grad_keys, grad_values, key_membranes, *_):
 def _read_setup(ctx, inputs, output):
     _, memory, weight, *ctx.constants = inputs
     keys, values, *membranes = output
-    without_gradient(ctx, membranes)
+    ctx.set_materialize_grads(False)  # or PyTorch makes zeros as large as all that is kept
     ctx.save_for_backward(memory, weight, keys, values, *membranes)
 
 
@@ -192,10 +193,11 @@ def _read_gradient(ctx, grad_keys, grad_values, *_):
     delay, _ = ctx.constants
     grad_keys = torch.zeros_like(keys) if grad_keys is None else grad_keys
     grad_values = torch.zeros_like(keys) if grad_values is None else grad_values
-    to_keys, to_values = _read_backward(grad_keys, grad_values, *membranes, memory, weight, *ctx.constants)
+    to_keys, to_values = _read_backward_once(grad_keys, grad_values, *membranes, memory, weight, *ctx.constants)
     grad_memory = to_values.transpose(1, 2) @ keys
     grad_weight = torch.einsum("bti,btj->ij", to_keys[:, delay:], values[:, : max(0, values.shape[1] - delay)])
     return to_keys, grad_memory, grad_weight, None, None
 
 
-_read.register_autograd(_read_gradient, setup_context=_read_setup)
+_read_backward_once = not_differentiable(torch.ops.fused_triton.hebbian_read_backward.default)
+_recall = differentiable(torch.ops.fused_triton.hebbian_read.default, _read_setup, _read_gradient)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.backends.derivatives import differentiable, not_differentiable
 from models.backends.triton.common import (
     REGISTERS,
     dataclass_of,
@@ -22,7 +23,6 @@ from models.backends.triton.common import (
     lif_step,
     tile_of,
     trace_step,
-    without_gradient,
 )
 from models.backends.triton.population import lif
 from models.dynamics import Dynamics
@@ -43,7 +43,7 @@ def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics
     key_spikes = lif(key_current, 1, dynamics.neuron)  # keys do not depend on the memory
     save = torch.is_grad_enabled()
     constants = astuple(dynamics.neuron), astuple(dynamics.rule)
-    memory, value_spikes, *_ = _write(key_spikes, value_current, dynamics.memory_feedback, *constants, save)
+    memory, value_spikes, *_ = _store(key_spikes, value_current, dynamics.memory_feedback, *constants, save)
     return memory, key_spikes, value_spikes
 
 
@@ -290,7 +290,7 @@ def _groups_that_fill(device: torch.device, batch: int) -> int:
 def _write_setup(ctx, inputs, output):
     key_spikes, _, *ctx.constants, _ = inputs
     _, _, *kept = output
-    without_gradient(ctx, kept)
+    ctx.set_materialize_grads(False)  # or PyTorch makes zeros as large as all that is kept
     ctx.save_for_backward(key_spikes, *kept)
 
 
@@ -299,7 +299,8 @@ def _write_gradient(ctx, grad_memory, grad_values, *_):
     batch, _, size = key_spikes.shape
     grad_memory = key_spikes.new_zeros(batch, size, size) if grad_memory is None else grad_memory
     grad_values = torch.zeros_like(key_spikes) if grad_values is None else grad_values
-    return *_write_backward(grad_memory, grad_values, key_spikes, kept, *ctx.constants), None, None, None, None
+    return *_write_backward_once(grad_memory, grad_values, key_spikes, kept, *ctx.constants), None, None, None, None
 
 
-_write.register_autograd(_write_gradient, setup_context=_write_setup)
+_write_backward_once = not_differentiable(torch.ops.fused_triton.hebbian_write_backward.default)
+_store = differentiable(torch.ops.fused_triton.hebbian_write.default, _write_setup, _write_gradient)
