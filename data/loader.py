@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from data import Samples
 
@@ -19,7 +19,7 @@ def prefetch(make: Callable[[int, int], Samples], ranges: list[tuple[int, int]],
         return
     executor = ThreadPoolExecutor(workers, thread_name_prefix="data")
     try:
-        waiting = deque()
+        waiting: deque[Future[Samples]] = deque()
         for start, stop in ranges:
             waiting.append(executor.submit(make, start, stop))
             if len(waiting) > workers * depth:

@@ -29,4 +29,5 @@ class Dynamics:
     neuron: LIFNeuron = field(default_factory=LIFNeuron)
     rule: HebbianRule = field(default_factory=HebbianRule)
 
-    __post_init__ = check_bounds
+    def __post_init__(self) -> None:
+        check_bounds(self)

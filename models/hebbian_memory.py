@@ -72,8 +72,8 @@ def store_and_recall(
     currents = features_current, labels_current, query_current.unsqueeze(1)
     features, labels, query = (population(dynamics.neuron, current, dynamics.num_time_steps) for current in currents)
 
-    drive = linear(torch.cat([features.spikes, labels.spikes], dim=-1), write_weight)
-    memories, write_key, write_value = hebbian_write(*drive.chunk(2, dim=-1), dynamics)
+    key_current, value_current = linear(torch.cat([features.spikes, labels.spikes], dim=-1), write_weight).chunk(2, dim=-1)
+    memories, write_key, write_value = hebbian_write(key_current, value_current, dynamics)
 
     from_query, from_values = read_weight.split([query_current.shape[-1], read_weight.shape[0]], dim=1)
     read_key, read_value = hebbian_read(linear(query.spikes, from_query), memories[-1], from_values, dynamics)

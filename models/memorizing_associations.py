@@ -35,7 +35,8 @@ class Sizes:
     embedding_size: int = constant(80, "neurons of an encoding population", low=1, high=10**6)  # E
     memory_size: int = constant(100, "key neurons, and value neurons, of the memory", low=1, high=10**6)  # M
 
-    __post_init__ = check_bounds
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 class Output(NamedTuple):
@@ -96,7 +97,7 @@ class MemorizingAssociations(nn.Module):
             ValueError: the arguments do not belong together or to this network.
             models.BackendError: the backend asked for by name cannot run this network here.
         """
-        check_operands(self, features, labels, query)
+        check_operands(self.named_parameters(), self.sizes.feature_size, features, labels, query)
         with _in_full_precision(features.device.type):
             currents = self.currents(features, labels, query)
             readout, spike_counts, activity = self.store_and_recall(*currents, record=record)

@@ -36,7 +36,8 @@ class LIFNeuron:
     tau_mem: float = constant(20.0, "time constant of the membrane, ms", above=0)
     dampening_factor: float = constant(1.0, "height of the surrogate derivative", low=0)
 
-    __post_init__ = check_bounds
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
     @property
     def alpha(self) -> float:

@@ -4,13 +4,18 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def check_operands(model: nn.Module, features: Tensor, labels: Tensor, query: Tensor) -> None:
+def check_operands(
+    weights: Iterable[tuple[str, Tensor]], feature_size: int, features: Tensor, labels: Tensor, query: Tensor
+) -> None:
     """See that the arguments of a network's `forward` belong together and to it.
 
     Kernels read and write by these shapes and types, and PyTorch would broadcast some that are wrong.
+
+    Args:
+        weights: names and tensors, as `named_parameters` gives them.
 
     Raises:
         ValueError: naming the argument, and what was expected.
@@ -21,7 +26,7 @@ def check_operands(model: nn.Module, features: Tensor, labels: Tensor, query: Te
         if x.dim() != wanted.count("x") + 1:
             raise ValueError(f"{name} must be of shape {wanted}, not {tuple(x.shape)}")
     dtype, device = features.dtype, features.device
-    for name, weight in model.named_parameters():
+    for name, weight in weights:
         if name.startswith("output_layer."):  # a head may be anything
             continue
         if weight.dtype not in (torch.float32, torch.float64):
@@ -34,9 +39,9 @@ def check_operands(model: nn.Module, features: Tensor, labels: Tensor, query: Te
     for name, x in (("labels", labels), ("query", query)):
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}, features on {device}; move it: {name}.to(...)")
-    (batch, pairs, size), wanted_size = features.shape, model.sizes.feature_size
-    if size != wanted_size or query.shape[1] != wanted_size:
-        raise ValueError(f"features and query must end in feature_size {wanted_size}, not {size} and {query.shape[1]}")
+    batch, pairs, size = features.shape
+    if size != feature_size or query.shape[1] != feature_size:
+        raise ValueError(f"features and query must end in feature_size {feature_size}, not {size} and {query.shape[1]}")
     if pairs == 0:
         raise ValueError("features must hold at least one pair, not 0")
     if tuple(labels.shape) != (batch, pairs):

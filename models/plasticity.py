@@ -23,7 +23,8 @@ class HebbianRule:
     gamma_neg: float = constant(0.3, "strength of Hebbian depression", low=0)
     tau_trace: float = constant(20.0, "time constant of the spike traces, ms", above=0)
 
-    __post_init__ = check_bounds
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
     @property
     def beta(self) -> float:

@@ -88,7 +88,7 @@ class _Recomputed(torch.autograd.Function):
             copies = [x.detach().requires_grad_(x.is_floating_point()) for x in (*segment, *ctx.starts[n])]
             found = _gradients(ctx.run, ctx.structure, copies, number, given)
             grad_segments.append([torch.zeros_like(x) if g is None else g for x, g in zip(segment, found, strict=False)])
-            grad_state = found[len(inputs) :]
+            grad_state = tuple(found[len(inputs) :])
         grad_inputs = (torch.cat(series[::-1], dim=1) for series in zip(*grad_segments, strict=True))
         return None, None, None, None, *grad_inputs, *grad_state
 

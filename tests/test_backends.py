@@ -466,7 +466,7 @@ def test_a_step_that_learns_itself_gets_its_gradient():
     assert gradient.item() == pytest.approx(4 * 0.5**3 + 1 + 2 * 0.5 + 3 * 0.5**2)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("reference", marks=pytest.mark.slow)])
 def test_torch_compile_and_export_take_the_whole_network(backend):
     """Of the plain function every step is traced, so it has few here."""
     model, operands = models.build_model(ALIVE if backend == "cpp" else ALIVE | {"num_time_steps": 4}, backend), pairs()

@@ -6,34 +6,32 @@ zero in silence, and so is what `once_differentiable` leaves of a second derivat
 
 from collections.abc import Callable
 from inspect import Parameter, Signature
+from typing import Any
 
 from torch.autograd import Function
 
 from models.backends import BackendError
 
 
-def differentiable(forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
-    """An operator with its gradient.
+def differentiable(operator: Any, setup_context: Callable, backward: Callable) -> Callable:
+    """An operator of `torch.ops` with its gradient.
 
     Args:
-        forward: the operator, of `torch.ops`.
         setup_context, backward: as of `torch.autograd.Function`; what `backward` calls is made by `not_differentiable`.
     """
 
-    class Kernel(Function):
-        generate_vmap_rule = True
-
-    def run(*operands):
-        return forward(*operands)
+    def forward(*operands):
+        return operator(*operands)
 
     # By their number `torch.compile` tells whether a ctx is among the arguments.
-    names = [argument.name for argument in forward._schema.arguments]
-    run.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
-    Kernel.forward, Kernel.setup_context, Kernel.backward = map(staticmethod, (run, setup_context, backward))
-    return Kernel.apply
+    names = [argument.name for argument in operator._schema.arguments]
+    setattr(forward, "__signature__", Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]))  # noqa: B010
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    attributes = {name: staticmethod(method) for name, method in methods.items()} | {"generate_vmap_rule": True}
+    return type("Kernel", (Function,), attributes).apply  # type: ignore[attr-defined]
 
 
-def not_differentiable(operator: Callable) -> Callable:
+def not_differentiable(operator: Any) -> Callable:
     """An operator whose gradient raises: the backward pass of a kernel."""
 
     def setup_context(ctx, inputs, output) -> None:

@@ -13,10 +13,10 @@ from models.backends.derivatives import differentiable, not_differentiable
 from models.dynamics import POPULATIONS, Dynamics
 
 SIZES = ("batch", "pairs", "embedding", "memory", "threads")
-KINDS = dict(Options._fields_)
+KINDS = {name: kind for name, kind, *_ in Options._fields_}
 CONSTANTS = [name for name in KINDS if name not in SIZES]
 KNOWN = {*CONSTANTS, "tau_mem", "tau_trace"} - {"alpha", "beta"}
-TENSORS = [name for name, _ in Tensors._fields_]
+TENSORS = [name for name, *_ in Tensors._fields_]
 
 
 def unavailable(device_type: str) -> str | None:
@@ -97,7 +97,8 @@ def _backward(
     constants: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = [x.contiguous() for x in (features, labels, query, write_weight, read_weight)]
-    gradients = tuple(torch.zeros_like(x) for x in inputs)
+    first, second, third, fourth, fifth = (torch.zeros_like(x) for x in inputs)
+    gradients = first, second, third, fourth, fifth
     tensors = dict(zip(TENSORS, inputs, strict=False))
     tensors |= {"value_order": value_order, "grad_readout": grad_readout.contiguous(), "grad_counts": grad_counts.contiguous()}
     tensors |= dict(zip(TENSORS[-5:], gradients, strict=True))

@@ -39,13 +39,12 @@ class BuildError(Exception):
 
 def structure(name: str) -> type[ctypes.Structure]:
     """A struct of `arguments.h`, which is the one description of what is handed to the kernels."""
-    body = re.search(rf"struct {name} {{\n(.*?)\n}};", (FOLDER / "arguments.h").read_text(), re.DOTALL)[1]
-    fields = []
+    (body,) = re.findall(rf"struct {name} {{\n(.*?)\n}};", (FOLDER / "arguments.h").read_text(), re.DOTALL)
+    kinds, fields = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}, []
     for declaration in re.sub("//.*", "", body).split(";")[:-1]:
-        kind, names = re.fullmatch(r"\s*(?:const )?(\w+) (.*)", declaration).groups()
+        ((kind, names),) = re.findall(r"^\s*(?:const )?(\w+) (.*)$", declaration)
         for field in names.split(", "):
-            number = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}.get(kind)
-            fields.append((field.lstrip("*"), ctypes.c_void_p if field.startswith("*") else number))
+            fields.append((field.lstrip("*"), ctypes.c_void_p if field.startswith("*") else kinds[kind]))
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 

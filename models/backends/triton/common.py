@@ -5,7 +5,7 @@ Every tensor is contiguous, time before neurons. Constants are compile-time valu
 neuron, k and kappa of a key, nu of a value, w of the memory.
 """
 
-from dataclasses import fields
+from dataclasses import astuple
 
 import torch
 import triton
@@ -68,7 +68,7 @@ def launch(kernel, programs: int, *args, **constants) -> None:
 
 def dataclass_of(cls, values: list[float]):
     """The dataclass of constants that crossed torch.library as floats."""
-    return cls(*(f.type(value) for f, value in zip(fields(cls), values, strict=True)))
+    return cls(*(type(default)(value) for default, value in zip(astuple(cls()), values, strict=True)))
 
 
 def tile_of(size: int, elements: int) -> dict[str, int]:

@@ -122,7 +122,7 @@ def _read(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Key spikes, value spikes, and the membranes of both."""
     current = current.contiguous()
-    outputs = tuple(torch.empty_like(current) for _ in range(4))
+    outputs = torch.empty_like(current), torch.empty_like(current), torch.empty_like(current), torch.empty_like(current)
     batch, steps, size = current.shape
     launch(
         read_forward,

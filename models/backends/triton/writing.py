@@ -160,7 +160,7 @@ def write_backward(
                 limit = tl.where(start + n < steps, size, 0)
                 nu = tl.load(value_traces + now + i, i < limit, other=0.0)
                 kappa = tl.load(key_traces + now + j, j < limit, other=0.0)
-                before, nus, kappas = before + (w,), nus + (nu,), kappas + (kappa,)  # noqa: RUF005 (Triton cannot unpack)
+                before, nus, kappas = before + (w,), nus + (nu,), kappas + (kappa,)  # type: ignore[assignment]  # noqa: RUF005 (Triton cannot unpack)
                 w = hebbian_step(w, nu, kappa, rule)
 
             for n in tl.static_range(unrolled - 1, -1, -1):
@@ -218,13 +218,15 @@ def _write(
     return outputs
 
 
-def _write_outputs(current: Tensor, save: bool) -> tuple[Tensor, ...]:
+def _write_outputs(current: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, steps, size = current.shape
     kept = steps if save else 0
     return (
         current.new_zeros(batch, size, size),
         current.new_empty(batch, steps, size),
-        *(current.new_empty(batch, kept, size) for _ in range(3)),
+        current.new_empty(batch, kept, size),
+        current.new_empty(batch, kept, size),
+        current.new_empty(batch, kept, size),
         current.new_empty(batch, (kept + SEGMENT - 1) // SEGMENT, size, size),
     )
 
