@@ -91,7 +91,7 @@ def _choose(name: str, device: str, dynamics: Dynamics, plain: Callable, equatio
         except BackendError as reason:
             if name != "auto":
                 raise BackendError(f"backend {candidate}: {reason}") from None
-            if candidate != "triton" or device != "cpu":  # nobody expects a GPU's kernels there
+            if candidate != "triton" or device.startswith("cuda"):  # elsewhere nobody expects a GPU's kernels
                 reasons.append(f"{candidate}: {reason}")
     warnings.warn(f"using the plain model, which is slow ({'; '.join(reasons)})", stacklevel=2)
     return "reference"
