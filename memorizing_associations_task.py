@@ -5,13 +5,13 @@ python memorizing_associations_task.py --config configs/quickstart.yaml --output
 python memorizing_associations_task.py --resume runs/quickstart/model_best.pth.tar --evaluate
 """
 
+import argparse
+import functools
 import math
 import random
 import shlex
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,230 +23,333 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import models
 from data.loader import prefetch
-from utils import checkpoints, distributed, launch
-from utils.device import choose_backend, choose_device
+from models import Dynamics, Sizes
+from models.neurons import LIFNeuron
+from models.plasticity import HebbianRule
+from utils import checkpoints, device, distributed, launch, run
 from utils.distributed import print_rank0
-from utils.errors import in_one_line, not_finite, out_of_memory_in_one_line
+from utils.errors import UsageError, UserError, in_one_line, not_finite, out_of_memory_in_one_line
 from utils.interruption import Interruption
-from utils.metrics import EpochMetrics, TensorBoard
-from utils.options import CURRICULUM, RECORDED, TASK_GROUPS, Options, Parser
-from utils.progress import Progress, epoch_line, report_silence, report_start
-from utils.run import Run, find_checkpoint, find_folder, save_table
+from utils.metrics import EpochMetrics, TensorBoard, write_table
+from utils.options import REMOVED, SWITCH, Parser, differences, dump, lengths, number, of, optional, path, words_of
+from utils.progress import Progress, report_silence
+
+EVALUATION_BATCH = 125  # small enough that there is one for each of 8 processes
+
+# fmt: off
+
+
+def add_model_options(parser: Parser) -> list[str]:
+    """What a network is: a checkpoint's must be the same to resume, evaluate or draw it. Returns their names."""
+    add = (group := parser.add_argument_group("model")).add_argument
+    add("--sequence_length", type=lengths, default=10, help="pairs in a sequence; with --evaluate several: 2,5,10 or 2-10")
+    add("--num_classes", **of(Sizes, "num_classes"), help="labels to draw from")
+    add("--feature_size", **of(Sizes, "feature_size"), help="size of the random vectors")
+    add("--embedding_size", **of(Sizes, "embedding_size"), help="neurons of an encoding population")
+    add("--memory_size", **of(Sizes, "memory_size"), help="key neurons, and value neurons, of the memory")
+    add("--w_max", **of(HebbianRule, "w_max"), help="soft upper bound of a Hebbian weight")
+    add("--gamma_pos", **of(HebbianRule, "gamma_pos"), help="strength of Hebbian potentiation")
+    add("--gamma_neg", **of(HebbianRule, "gamma_neg"), help="strength of Hebbian depression")
+    add("--tau_trace", **of(HebbianRule, "tau_trace"), help="time constant of the spike traces, ms")
+    add("--num_time_steps", **of(Dynamics, "num_time_steps"), help="time steps (ms) for which each input is held")
+    add("--readout_delay", **of(Dynamics, "readout_delay"), help="delay of the feedback from values to keys in recall, ms")
+    add("--memory_feedback", **of(Dynamics, "memory_feedback"), help="strength of the memory's current to the values, storing")
+    add("--readout_steps", **of(Dynamics, "readout_steps"), help="last time steps whose value spikes are summed up")
+    add("--thr", **of(LIFNeuron, "thr"), help="firing threshold")
+    add("--perfect_reset", **of(LIFNeuron, "perfect_reset"), help="reset the membrane to 0; else subtract the threshold")
+    add("--refractory_time_steps", **of(LIFNeuron, "refractory_time_steps"), help="refractory time after a spike, ms")
+    add("--tau_mem", **of(LIFNeuron, "tau_mem"), help="time constant of the membrane, ms")
+    add("--dampening_factor", **of(LIFNeuron, "dampening_factor"), help="height of the surrogate derivative")
+    return [action.dest for action in group._group_actions]
+
+
+def add_options(parser: Parser) -> list[str]:
+    """All options of this script. Returns the names of those that say what a run is: they are recorded in its folder and in its
+    checkpoints, and taken from there at a resume."""
+    recorded = add_model_options(parser)
+
+    add = (group := parser.add_argument_group("data")).add_argument
+    add("--dataset_seed", type=number(int, 0), default=42, help="seed of the training, validation and test samples")
+    add("--inf_data", type=int, choices=(0, 1), default=1, help="1: fresh training samples every epoch; 0: one fixed set")
+    add("--workers", type=number(int, 0, 256), default=4, help="threads that generate training batches in advance; 0: none")
+    add("--prefetch_factor", type=number(int, 1, 1024), default=2, help="batches prefetched per thread")
+    recorded += [action.dest for action in group._group_actions]
+
+    add = (group := parser.add_argument_group("training")).add_argument
+    add("--epochs", type=number(int, 1), default=250, help="total number of epochs")
+    add("--batch_size", type=number(int, 1), default=512, help="samples in a batch, over all processes of a node")
+    add("--learning_rate", type=number(float, above=0, high=1e6), default=0.003, help="learning rate of Adam")
+    add("--learning_rate_decay", type=number(float, above=0, high=1), default=0.85, help="factor of the learning rate's decay")
+    add("--decay_learning_rate_every", type=number(int, 1), default=20, help="decay the learning rate every N epochs")
+    add("--max_grad_norm", type=number(float), default=40.0, help="clip the norm of the gradient; 0 or less: off")
+    add("--l2", type=number(float, 0), default=1e-5, help="strength of the rate regularization, from the second epoch on")
+    add("--l2_decay", type=number(float, above=0, high=1), default=1.0, help="factor of the decay of l2")
+    add("--target_rate", type=number(float, 0), default=0.0, help="target firing rate of the rate regularization, Hz")
+    add("--seed", type=optional(number(int, 0, 2**63 - 1)), help="seed of the initial weights; none: draw and report one")
+    add("--start_epoch", type=number(int, 0), default=0, help="number of the first epoch of a new run")
+    add("--curriculum_start", type=number(int, 0), default=0, help="pairs in the first epoch; 0: always --sequence_length")
+    add("--curriculum_step", type=number(int, 1), default=1, help="pairs that the curriculum adds in each later epoch")
+    recorded += [action.dest for action in group._group_actions]
+
+    add = (group := parser.add_argument_group("execution")).add_argument
+    add("--device", type=path, default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--backend", choices=models.BACKENDS, default="auto", help="kernel backend; auto: the fastest that runs here")
+    add("--print_freq", type=number(int, 1), default=1, help="training steps between two updates of what is shown")
+    add("--logging", **SWITCH, help="write TensorBoard logs, too (needs the package tensorboard)")
+    recorded += [action.dest for action in group._group_actions]
+
+    add = parser.add_argument_group("run").add_argument
+    add("--resume", type=path, default="", help="checkpoint or run folder to resume or evaluate; auto: that of --output_dir")
+    add("--check_params", type=int, choices=(0, 1), default=1, help="0: accept model options that differ from the checkpoint's")
+    add("--evaluate", **SWITCH, help="test the --resume checkpoint on the original test set")
+    add("--print_options", **SWITCH, help="print the options as YAML, which --config reads, and stop")
+    add("--output_dir", type=path, default="", help="folder of the run; empty: a new one in runs/")
+    add("--gpu", type=optional(number(int, 0)), help="the same as --device cuda:N")
+
+    add = parser.add_argument_group("distributed training").add_argument
+    add("--multiprocessing_distributed", **SWITCH, help="train on all GPUs of this node, one process per GPU")
+    add("--processes_per_node", type=optional(number(int, 1)), help="processes on each node; none: one per GPU")
+    add("--world_size", type=number(int, -1), default=-1, help="number of nodes")
+    add("--rank", type=number(int, -1), default=-1, help="number of this node, from 0")
+    add("--dist_url", type=path, default="tcp://127.0.0.1:23456", help="where the nodes meet, at rank 0; or env:// (torchrun)")
+    add("--dist_backend", choices=("nccl", "mpi", "gloo"), default="nccl", help="nccl for GPUs, gloo for CPUs")
+    add("--dist_timeout", type=number(float, above=0), default=120.0, help="give up after this many seconds without an answer")
+    return recorded
+
+
+# fmt: on
 
 
 @in_one_line
 def main(argv=None) -> int:
-    options = Parser(__doc__.splitlines()[0], TASK_GROUPS).parse(argv)
-    ranks = launch.find_ranks(options)
-    leads = ranks is None or ranks.leads  # other nodes get the options and the checkpoint from the first
-    checkpoint = find_checkpoint(options) if leads else None
-    options.check_combination()
-    if options["print_options"]:
-        print(options.to_yaml(), end="")
+    parser = Parser(__doc__.splitlines()[0])
+    recorded = add_options(parser)
+    given = parser.given(argv)
+    args = parser.complete(given)
+    ranks = launch.find_ranks(args)
+    resume, checkpoint = None, None
+    if ranks is None or ranks.leads:  # all other processes are given the options and the checkpoint of this one
+        resume, checkpoint = run.find_checkpoint(args.resume, args.output_dir, args.evaluate)
+        if checkpoint:
+            args = parser.complete(options_of_run(parser, recorded, given, args, resume, checkpoint["params"]), given)
+        check_together(args)
+    if args.print_options:
+        print(dump({name: getattr(args, name) for name in recorded}), end="")
         return 0
-    if options["evaluate"]:
-        return launch.run(evaluate_checkpoint, ranks, options, checkpoint)
-    with find_folder(options, checkpoint, leads) as folder:
-        options.values["output_dir"] = str(folder)
-        return launch.run(train, ranks, options, checkpoint)
+    if args.evaluate:
+        return launch.run(evaluate_checkpoint, ranks, args, resume, checkpoint)
+    if ranks is not None and not ranks.leads:
+        return launch.run(train, ranks, args)
+    with run.folder(args.output_dir, resume) as folder:
+        remedy = (
+            f"; the same command with --output_dir {shlex.quote(str(folder))} --resume auto resumes from the last checkpoint"
+        )
+        nodes = ranks.nodes if ranks else 1
+        return launch.run(train, ranks, args, recorded, nodes, folder, resume, checkpoint, remedy=remedy)
 
 
-def prepare(options: Options, checkpoint: dict | None) -> tuple[torch.nn.Module, torch.device]:
-    """The network, with initial weights or the checkpoint's, on its device. `options` get what really runs."""
-    device = choose_device(options)
-    if checkpoint is None:
-        if options["seed"] is None:
-            options.values["seed"] = distributed.broadcast_object(random.SystemRandom().randrange(2**31))
-        torch.manual_seed(options["seed"])
-    with out_of_memory_in_one_line(batch_size=0):
-        model = models.build_model(options.values, options["backend"])
-    options.values |= {"backend": choose_backend(model, device, options), "device": device.type}
-    if checkpoint:
-        checkpoints.load_weights(model, checkpoint["state_dict"], options["resume"])
-    return model.to(device), device
+def options_of_run(parser, recorded, given, args, resume: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint, which are the defaults of a resume; what is given must be compatible with them."""
+    try:
+        record = parser.given(words_of({name: params[name] for name in params if name in recorded or name in REMOVED}))
+    except UsageError as wrong:
+        raise UserError(f"{resume}: params: {wrong}") from wrong
+    record = device.available(record)  # another machine may lack them
+    model = add_model_options(Parser(""))
+    fixed = [name for name in model if name != "sequence_length"] if args.evaluate else [*model, "dataset_seed"]
+    if args.check_params and (wrong := differences(given, record, fixed)):
+        raise UsageError(f"{resume}: options differ: {', '.join(wrong)}; --check_params 0 overrides")
+    if not args.evaluate and (wrong := differences(given, record, ["seed", "start_epoch"])):
+        raise UsageError(f"{resume}: cannot change the {', '.join(wrong)} of an existing run; leave that out to resume it")
+    return record
+
+
+def check_together(args: argparse.Namespace) -> None:
+    """Raises UsageError for what is impossible about the options together, with the remedy."""
+    all_lengths = args.sequence_length if isinstance(args.sequence_length, tuple) else (args.sequence_length,)
+    longest = max(all_lengths)
+    if longest > args.num_classes:
+        raise UsageError(
+            f"--sequence_length {longest} is more than --num_classes {args.num_classes}: labels are drawn without replacement; "
+            + (f"this network knows {args.num_classes} labels, so test at most as many pairs, or train with more classes"
+               if args.evaluate else "raise --num_classes or shorten the sequence")
+        )  # fmt: skip
+    if args.evaluate:
+        return
+    if len(all_lengths) > 1:
+        raise UsageError("--sequence_length: several lengths are for --evaluate; training takes one")
+    if args.curriculum_start > longest:
+        raise UsageError(f"--curriculum_start {args.curriculum_start} is more than --sequence_length {longest}")
 
 
 # Training
 
 
-@dataclass
-class TrainState:
-    """Where a training stands, beside its weights and the moments of Adam."""
-
-    epoch: int = 0  # the epoch to train next, counted from 0
-    sample: int = 0  # training samples of it that are done
-    running: dict[str, float] = field(default_factory=dict)  # sums over those
-    history: list[dict[str, Any]] = field(default_factory=list)  # the metrics of the epochs before it
-    best_acc: float = 0.0  # highest validation accuracy, percent
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"best_acc": torch.tensor(self.best_acc, dtype=torch.float64)}
-
-    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        self.epoch, self.sample, self.running = checkpoint["epoch"], checkpoint["sample"], checkpoint["running"]
-        self.history, self.best_acc = list(checkpoint["history"]), checkpoint["best_acc"].item()
-
-    def finish_epoch(self, metrics: dict[str, Any]) -> bool:
-        """Go to the next epoch. Returns whether this one is the best so far."""
-        is_best = metrics["validation_accuracy"] > self.best_acc or (not self.history and self.best_acc == 0)
-        self.best_acc = metrics["validation_accuracy"] if is_best else self.best_acc
-        self.history.append(metrics)
-        self.epoch, self.sample, self.running = self.epoch + 1, 0, {}
-        return is_best
-
-
-def train(options: Options, checkpoint: dict | None) -> int:
+def train(
+    args: argparse.Namespace, recorded: list[str], nodes: int, folder: Path, resume: Path | None, checkpoint: dict | None
+) -> int:
     """Train to the last epoch, or until a signal comes. Returns the exit status."""
-    state = TrainState(epoch=options["start_epoch"])
-    epochs, samples = options["epochs"], data.TRAINING_SAMPLES
-    if checkpoint:
-        state.load_state_dict(checkpoint)
-        if state.epoch >= epochs:
-            done = f"{state.epoch} epochs are done, and --epochs is {epochs}"
-            print_rank0(f"{options['resume']}: {done}; a larger one trains on, --evaluate tests the network")
-            return 0
-    model, device = prepare(options, checkpoint)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
-    if checkpoint:
-        if checkpoint["optimizer"]:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        else:
-            print_rank0(f"{options['resume']} holds no state of Adam for this network: Adam starts afresh")
-    tensorboard = TensorBoard(options["logging"])
-    run = Run(Path(options["output_dir"]))
+    start = checkpoint or {"epoch": args.start_epoch, "sample": 0, "running": {}, "history": [], "best_acc": 0.0}
+    epoch, sample, running, history = start["epoch"], start["sample"], start["running"], list(start["history"])
+    best_acc = float(start["best_acc"])  # highest validation accuracy, percent
+    if epoch >= args.epochs:
+        print_rank0(f"{resume}: already trained for {epoch} epochs; increase --epochs to continue, or use --evaluate to test")
+        return 0
+
+    where = device.choose(args.device, args.gpu)
+    seed = distributed.broadcast_object(random.SystemRandom().randrange(2**31)) if args.seed is None else args.seed
+    torch.manual_seed(seed)
+    model, backend = build(vars(args), args.backend, where, resume, checkpoint)
+    params = {name: getattr(args, name) for name in recorded} | {"seed": seed, "backend": backend, "device": where.type}
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
+    if checkpoint and checkpoint["optimizer"]:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    elif checkpoint:
+        print_rank0(f"{resume} contains no optimizer state; Adam starts from scratch")
+
+    samples, step_size = data.TRAINING_SAMPLES, args.batch_size * nodes
+    task = {"num_classes": args.num_classes, "feature_size": args.feature_size, "dataset_seed": args.dataset_seed}
+    validation = data.evaluation_set("validation", args.sequence_length, **task)
+    network = DistributedDataParallel(model) if distributed.world_size() > 1 else model
+    tensorboard = TensorBoard(folder / "tensorboard" if args.logging and distributed.is_main() else None, epoch)
+    progress = Progress(args.epochs * samples, epoch * samples + sample, args.print_freq)
 
     def save(is_best: bool = False) -> None:
-        content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "params": options.of(RECORDED)}
-        content |= state.state_dict() | {"time_stamp": checkpoints.time_stamp(), "log_dir": str(run.folder)}
+        content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "params": params}
+        content |= {"epoch": epoch, "sample": sample, "running": running, "history": history}
+        content |= {"best_acc": torch.tensor(best_acc, dtype=torch.float64)}
         if distributed.is_main():
-            run.save(content, is_best)
+            run.save(folder, content, is_best)
 
     if distributed.is_main():
-        resumed = Path(options["resume"]) if checkpoint else None
-        run.lock()
-        run.check_may_write(resumed, (state.epoch, state.sample))
         save()  # from here on --resume auto continues; and this shows at once whether the folder can be written to
-        run.record(options, resumed, report_start(options, state, model, checkpoint, samples))
-        tensorboard.start(run.folder / "tensorboard", state.history)
+        changed = differences(params, checkpoint["params"], recorded) if checkpoint else []
+        words = f"in epoch {epoch + 1} after {sample} samples: {backend} on {where.type}, {step_size} samples in a step"
+        run.record(folder, dump(params | {"batch_size": step_size}), resume, ", ".join([words, *changed]))
+        parameters = sum(weight.numel() for weight in model.parameters())
+        processes = f", {distributed.world_size()} processes on {nodes} nodes" if distributed.world_size() > 1 else ""
+        print_rank0(f"{parameters:,} parameters learn {args.sequence_length} pairs of {args.num_classes} classes: "
+                    f"epochs {epoch + 1} to {args.epochs} of {samples:,} samples, {step_size:,} in a step{processes}, "
+                    f"seed {seed}, in {folder}")  # fmt: skip
+        if checkpoint:
+            print_rank0(f"resuming {resume} in epoch {epoch + 1} after {sample} samples"
+                        + "".join(f"; from here on {change}" for change in changed))  # fmt: skip
+            if history and history[-1].get("batch_size", step_size) != step_size:
+                print_rank0(f"warning: a step takes {step_size:,} samples, not {history[-1]['batch_size']:,} as before; "
+                            "--batch_size counts per node")  # fmt: skip
 
-    network = DistributedDataParallel(model) if distributed.world_size() > 1 else model
-    validation = data.evaluation_set("validation", **data.sizes(options))
-    progress = Progress(epochs * samples, state.epoch * samples + state.sample, options["print_freq"])
     with Interruption(patient=distributed.world_size() > 1) as interruption:
-        while state.epoch < epochs:
-            metrics, is_best = train_epoch(network, optimizer, state, options, device, progress, interruption), False
-            if metrics:  # the epoch is complete
-                start = time.perf_counter()
-                loss, accuracy = evaluate(model, validation, options, device)
-                seconds = metrics["seconds"] + time.perf_counter() - start
-                metrics |= {"validation_loss": loss, "validation_accuracy": accuracy, "seconds": seconds}
-                is_best = state.finish_epoch(metrics)
-                progress.epoch(epoch_line(metrics, epochs))
-                report_silence(state.history, options, models.SILENT_BELOW)
-                tensorboard.write(metrics)
-            save(is_best)
-            status = distributed.all_reduce_max(interruption.status)
-            if status and state.epoch < epochs:
-                progress.close()
-                where = f"in epoch {state.epoch + 1} after {state.sample} of {samples} samples"
-                print_rank0(f"interrupted {where}; --resume {shlex.quote(str(run.folder / checkpoints.LAST))} continues")
-                return status
+        while epoch < args.epochs:
+            decays = epoch // args.decay_learning_rate_every
+            learning_rate = args.learning_rate * args.learning_rate_decay**decays
+            l2 = args.l2 * args.l2_decay**decays if epoch > 0 else 0.0
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
+            length = data.training_length(epoch, args.sequence_length, args.curriculum_start, args.curriculum_step)
+            draw = data.training_samples if args.inf_data else data.fixed_training_samples
+            make = functools.partial(shard_of, draw, epoch=epoch, sequence_length=length, **task)
+            ranges = [(first, min(first + step_size, samples)) for first in range(sample, samples, step_size)]
+            metrics = EpochMetrics(where, running)
+            for (first, end), batch in zip(ranges, prefetch(make, ranges, args.workers, args.prefetch_factor), strict=True):
+                at = f"epoch {epoch + 1}, step {first // step_size + 1}"
+                strengths = {"l2": l2, "target_rate": args.target_rate, "max_grad_norm": args.max_grad_norm}
+                with out_of_memory_in_one_line(args.batch_size):
+                    sums = train_step(network, optimizer, batch.to(where), batch_size=end - first, where=at, **strengths)
+                metrics.add(len(batch), sums)
+                progress.step(end - first, f"epoch {epoch + 1}", samples - end, metrics.shown)
+                if end < samples and distributed.all_reduce_max(interruption.status):
+                    sample, running = end, metrics.totals()
+                    break
+            else:  # the epoch is complete
+                loss, accuracy = evaluate(model, validation, min(args.batch_size, EVALUATION_BATCH), where)
+                line = {"epoch": epoch + 1, "learning_rate": learning_rate, "batch_size": step_size} | metrics.means()
+                line |= {"validation_loss": loss, "validation_accuracy": accuracy}
+                is_best = accuracy > best_acc or (not history and best_acc == 0)
+                best_acc = accuracy if is_best else best_acc
+                history.append(line)
+                epoch, sample, running = epoch + 1, 0, {}
+                save(is_best)
+                progress.epoch(line, args.epochs)
+                report_silence(history, short=args.sequence_length <= 2 or args.curriculum_start > 0)
+                tensorboard.write(line)
+            if status := distributed.all_reduce_max(interruption.status):
+                if sample:
+                    save()
+                if epoch < args.epochs:
+                    progress.close()
+                    print_rank0(f"interrupted in epoch {epoch + 1} after {sample} of {samples} samples; "
+                                f"--resume {shlex.quote(str(folder / checkpoints.LAST))} continues")  # fmt: skip
+                    return status
     progress.close()
-    best = run.folder / checkpoints.BEST
+    best = folder / checkpoints.BEST
     known = f"; --resume {shlex.quote(str(best))} --evaluate tests it" if best.exists() else ", reached before this run's start"
-    print_rank0(f"best validation accuracy {state.best_acc:.3f} %{known}")
+    print_rank0(f"best validation accuracy {best_acc:.3f} %{known}")
     return 0
 
 
-def train_epoch(network, optimizer, state: TrainState, options, device, progress, interruption) -> dict[str, Any] | None:
-    """Train from `state` to the end of its epoch. Returns the means over the epoch, or None if a signal came before its end:
-    then `state` says where."""
-    epoch, samples = state.epoch, data.TRAINING_SAMPLES
-    falls = epoch // options["decay_learning_rate_every"]
-    learning_rate = options["learning_rate"] * options["learning_rate_decay"] ** falls
-    l2 = options["l2"] * options["l2_decay"] ** falls if epoch > 0 else 0.0
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    metrics = EpochMetrics(device, state.running)
-    batch_size = options.step_size
-    ranges = [(start, min(start + batch_size, samples)) for start in range(state.sample, samples, batch_size)]
-    for (start, stop), batch in zip(ranges, training_batches(ranges, epoch, options), strict=True):
-        where = f"epoch {epoch + 1}, step {start // batch_size + 1}"
-        with out_of_memory_in_one_line(options["batch_size"]):
-            shard = batch.to(device)
-            sums = train_step(network, optimizer, shard, batch_size=stop - start, l2=l2, options=options, where=where)
-        metrics.add(len(batch), sums)
-        progress.step(stop - start, f"epoch {epoch + 1}", samples - stop, metrics.shown)
-        if stop < samples and distributed.all_reduce_max(interruption.status):
-            state.sample, state.running = stop, metrics.totals()
-            return None
-    rates = metrics.means()
-    loss, accuracy, regularization, seconds = (rates.pop(name) for name in ("loss", "accuracy", "regularization", "seconds"))
-    return {
-        "epoch": epoch,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "train_loss": loss,
-        "train_accuracy": 100 * accuracy,
-        "rate_regularization": regularization,  # Hz^2
-        "rates": rates,  # Hz
-        "seconds": seconds,
-    }
+def build(options: Mapping[str, Any], backend: str, where: torch.device, resume: Path | None, checkpoint: dict | None):
+    """The network, with initial weights or the checkpoint's, on its device; and the name of the backend that runs it."""
+    with out_of_memory_in_one_line(batch_size=0):
+        model = models.build_model(options, backend)
+    name = models.backends.choose(backend, str(where), model.dynamics, models.store_and_recall)
+    print_rank0(f"backend {name} on {where.type}" + device.unused_gpu(where))
+    if checkpoint:
+        checkpoints.load_weights(model, checkpoint["state_dict"], resume)
+    return model.to(where), name
 
 
-def training_batches(ranges: list[tuple[int, int]], epoch: int, options: Options) -> Iterator[data.Samples]:
-    """This process's shard of each batch, which is given as a range of the samples of the epoch."""
-    draw = data.training_samples if options["inf_data"] else data.fixed_training_samples
-
-    def make(start: int, stop: int) -> data.Samples:
-        length = data.training_length(epoch, **options.of(CURRICULUM, "sequence_length"))
-        return draw(*distributed.shard(start, stop), epoch, **data.sizes(options, sequence_length=length))
-
-    return prefetch(make, ranges, options["workers"], options["prefetch_factor"])
+def shard_of(draw, first: int, end: int, **sizes: int) -> data.Samples:
+    """This process's part of the samples `first` to `end - 1`."""
+    return draw(*distributed.shard(first, end), **sizes)
 
 
 def train_step(
-    network, optimizer, batch: data.Samples, *, batch_size: int, l2: float, options: Options, where: str
+    network, optimizer, batch: data.Samples, *, batch_size: int, l2: float, target_rate: float, max_grad_norm: float, where: str
 ) -> dict[str, Tensor]:
-    """One step on this process's shard `batch` of a batch of `batch_size` samples, `l2` times the rate regularization added to
-    the loss. Returns sums over the shard's samples.
+    """One step on this process's shard `batch` of a batch of `batch_size` samples. Returns sums over the shard's samples.
+
+    Args:
+        l2, target_rate: strength (1/Hz^2) and target (Hz) of the rate regularization.
+        max_grad_norm: the gradient's norm is clipped at this; 0 or less: not.
+        where: for the error.
 
     Raises:
-        UserError: on every process, the step not applied, where the loss or the gradient of one is not finite.
+        UserError: on every process, the step not applied, where the gradient is not finite.
     """
     output = network(batch.features, batch.labels, batch.query)
     cross_entropy_sum = cross_entropy(output.logits, batch.answer, reduction="sum")
+    regularization = models.rate_regularization(distributed.batch_mean(output.rates, batch_size), target_rate)
     loss = cross_entropy_sum / batch_size
-    mean_rates = distributed.batch_mean(output.rates, batch_size)
-    regularization = models.rate_regularization(mean_rates, options["target_rate"])
     if l2:
         loss = loss + l2 * regularization
 
     optimizer.zero_grad()
     (loss * distributed.world_size()).backward()  # DistributedDataParallel takes the mean over the processes
-    gradients = {name.removeprefix("module."): weight.grad for name, weight in network.named_parameters()}
-    norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-    # The one point where a step waits for the device:
-    if distributed.all_reduce((~torch.isfinite(loss + norm)).float()) > 0:
-        tensors = {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in gradients.items()}
-        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        raise not_finite(where, ", ".join(broken) or "norm of the gradient, or a tensor of another process", options)
-    if options["max_grad_norm"] > 0:
-        torch.nn.utils.clip_grads_with_norm_(network.parameters(), options["max_grad_norm"], norm)
+    try:  # the one point where a step waits for the device
+        norm = max_grad_norm if max_grad_norm > 0 else math.inf
+        torch.nn.utils.clip_grad_norm_(network.parameters(), norm, error_if_nonfinite=True)
+    except RuntimeError as failure:
+        gradients = {f"gradient of {name.removeprefix('module.')}": weight.grad for name, weight in network.named_parameters()}
+        broken = [name for name, tensor in ({"loss": loss} | gradients).items() if not torch.isfinite(tensor).all()]
+        dynamics = getattr(network, "module", network).dynamics
+        raise not_finite(where, ", ".join(broken) or "norm of the gradient", dynamics) from failure
     optimizer.step()
 
     correct = (output.logits.argmax(1) == batch.answer).sum()
-    sums = {"loss": cross_entropy_sum, "accuracy": correct, "regularization": regularization * len(batch)}
+    sums = {
+        "train_loss": cross_entropy_sum,
+        "train_accuracy": 100 * correct,
+        "rate_regularization": regularization * len(batch),
+    }
     return sums | {name: rates.mean(1).sum() for name, rates in output.rates.items()}
 
 
 # Evaluation
 
-EVALUATION_BATCH = 125  # small enough that there is one for each of 8 processes
-
 
 @torch.no_grad()
-def evaluate(model, samples: data.Samples, options: Options, device: torch.device) -> tuple[float, float]:
+def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device) -> tuple[float, float]:
     """Mean cross entropy and accuracy in percent, each process on its part.
 
     The parts are made of the batches that one process takes: the rounding of a matrix product depends on the size of the batch,
@@ -255,37 +358,46 @@ def evaluate(model, samples: data.Samples, options: Options, device: torch.devic
     Raises:
         UserError: the loss or the memory is not finite.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    size = min(options["batch_size"], EVALUATION_BATCH)
-    for first in range(0, len(samples), size)[distributed.rank() :: distributed.world_size()]:
-        batch = samples[first : first + size].to(device)
-        with out_of_memory_in_one_line(size):
+    sums = torch.zeros(2, dtype=torch.float64, device=where)
+    for first in range(0, len(samples), batch_size)[distributed.rank() :: distributed.world_size()]:
+        batch = samples[first : first + batch_size].to(where)
+        with out_of_memory_in_one_line(batch_size):
             logits = model(batch.features, batch.labels, batch.query).logits
         correct = (logits.argmax(1) == batch.answer).sum()
         sums += torch.stack([cross_entropy(logits, batch.answer, reduction="sum").double(), correct.double()])
     loss, correct = distributed.all_reduce(sums).tolist()
-    few = samples[:4].to(device)  # a memory that diverges silences the neurons that read it, and the loss stays finite
+    few = samples[:4].to(where)  # a memory that diverges silences the neurons that read it, and the loss stays finite
     memory = model(few.features, few.labels, few.query, record=True).activity["memory"]
     if not (math.isfinite(loss) and torch.isfinite(memory).all()):
-        raise not_finite("evaluation", "the memory" if math.isfinite(loss) else "the loss", options)
+        raise not_finite("evaluation", "the memory" if math.isfinite(loss) else "the loss", model.dynamics)
     return loss / len(samples), 100 * correct / len(samples)
 
 
-def evaluate_checkpoint(options: Options, checkpoint: dict) -> int:
-    """Test on the published test set, at one sequence length or several."""
-    model, device = prepare(options, checkpoint)
-    print_rank0(options["resume"] + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
+def evaluate_checkpoint(args: argparse.Namespace, resume: Path, checkpoint: dict) -> int:
+    """Test on the original test set, at one sequence length or several; write a table into --output_dir or beside the file."""
+    where = device.choose(args.device, args.gpu)
+    model, _ = build(vars(args), args.backend, where, resume, checkpoint)
+    print_rank0(str(resume) + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
+    task = {"num_classes": args.num_classes, "feature_size": args.feature_size, "dataset_seed": args.dataset_seed}
     rows = []
-    for length in options.all_lengths:
-        samples = data.evaluation_set("test", **data.sizes(options, sequence_length=length))
-        loss, accuracy = evaluate(model, samples, options, device)
-        rows.append({"sequence_length": length, "accuracy": accuracy, "loss": loss})
+    for length in args.sequence_length if isinstance(args.sequence_length, tuple) else (args.sequence_length,):
+        samples = data.evaluation_set("test", length, **task)
+        loss, accuracy = evaluate(model, samples, min(args.batch_size, EVALUATION_BATCH), where)
+        trained = {"trained_length": checkpoint["params"]["sequence_length"], "samples": len(samples)}
+        of = {"num_classes": args.num_classes, "dataset_seed": args.dataset_seed, "checkpoint": str(resume)}
+        rows.append({"sequence_length": length, "accuracy": accuracy, "loss": loss} | trained | of)
         print_rank0(f"sequence_length {length:3d}  loss {loss:.4f}  accuracy {accuracy:7.3f} %")
-    try:
-        if distributed.is_main() and (len(rows) > 1 or options["output_dir"]):
-            save_table(options, rows, trained_length=checkpoint["params"]["sequence_length"], samples=len(samples))
-    finally:  # the result is printed even where the table cannot be written
-        print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
+    if distributed.is_main() and (len(rows) > 1 or args.output_dir):
+        beside = Path(f"{str(resume).removesuffix('.pth.tar')}.{run.TABLE}")
+        try:
+            write_table(Path(args.output_dir) / run.TABLE if args.output_dir else beside, rows)
+        except UserError as failure:
+            print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")  # it is not lost with the table
+            if args.output_dir:
+                raise
+            print(f"warning: {failure}", flush=True)
+            return 0
+    print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
     return 0
 
 

@@ -28,8 +28,8 @@ class AdaptiveState(NamedTuple):
 class AdaptiveNeuron(LIFNeuron):
     """Each spike raises the threshold, which is thr + strength * a (LSNN: Bellec et al. 2018)."""
 
-    tau_adaptation: float = constant(100.0, "time constant of the threshold, ms", above=0)
-    strength: float = constant(1.0, "rise of the threshold", low=0)
+    tau_adaptation: float = constant(100.0, above=0)  # time constant of the threshold, ms
+    strength: float = constant(1.0, low=0)  # rise of the threshold
 
     def initial_state(self, like: Tensor) -> AdaptiveState:
         return AdaptiveState(*super().initial_state(like), torch.zeros_like(like))

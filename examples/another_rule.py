@@ -18,7 +18,7 @@ from models.plasticity import HebbianRule
 class OjaRule(HebbianRule):
     """W_ij + eta nu_i (kappa_j - nu_i W_ij): Oja (1982). A weight decays where the value neuron is active, not the key."""
 
-    eta: float = constant(0.3, "learning rate of the rule", low=0)
+    eta: float = constant(0.3, low=0)  # learning rate of the rule
 
     def update(self, memory, value_trace, key_trace):
         nu, kappa = value_trace.unsqueeze(-1), key_trace.unsqueeze(-2)  # of memory: rows are values, columns keys

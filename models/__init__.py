@@ -9,6 +9,8 @@ from models.memorizing_associations import (
     Output,
     Sizes,
     build_model,
+    constants,
+    defaults,
     rate_regularization,
 )
 
@@ -22,6 +24,8 @@ __all__ = [
     "Output",
     "Sizes",
     "build_model",
+    "constants",
+    "defaults",
     "hebbian_read",
     "hebbian_write",
     "rate_regularization",

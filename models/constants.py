@@ -1,6 +1,6 @@
 """Constants of the equations: each stands once, with its default, its meaning and its bounds, as a field of a dataclass.
 
-The command line makes an option of every such field (utils/options.py), and checkpoints keep them.
+The task script has an option for every such field, and checkpoints keep them.
 """
 
 import math
@@ -9,9 +9,9 @@ from operator import gt, le, lt
 from typing import Any
 
 
-def constant(default: Any, help: str, *, low: float | None = None, above: float | None = None, high: float | None = None):
+def constant(default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None):
     """A dataclass field for a constant: `low` and `high` are its least and greatest value, `above` an excluded lower bound."""
-    return field(default=default, metadata={"help": help, "low": low, "above": above, "high": high})
+    return field(default=default, metadata={"low": low, "above": above, "high": high})
 
 
 def out_of_bounds(value: Any, low: float | None, above: float | None, high: float | None) -> str | None:

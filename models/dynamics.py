@@ -22,10 +22,10 @@ POPULATIONS = (
 class Dynamics:
     """Constants under the names of the command-line options; the neuron and the rule with their own."""
 
-    num_time_steps: int = constant(100, "time steps (ms) for which each input is held", low=1)  # T
-    readout_delay: int = constant(1, "delay of the feedback from values to keys while reading, ms", low=1, high=10**6)
-    memory_feedback: float = constant(0.2, "strength of the memory's current to the value neurons while writing")
-    readout_steps: int = constant(30, "last time steps of reading whose value spikes are summed for the output", low=1)
+    num_time_steps: int = constant(100, low=1)  # T, time steps (ms) for which each input is held
+    readout_delay: int = constant(1, low=1, high=10**6)  # delay of the feedback from values to keys while reading, ms
+    memory_feedback: float = constant(0.2)  # strength of the memory's current to the value neurons while writing
+    readout_steps: int = constant(30, low=1)  # last time steps of reading whose value spikes are summed for the output
     neuron: LIFNeuron = field(default_factory=LIFNeuron)
     rule: HebbianRule = field(default_factory=HebbianRule)
 

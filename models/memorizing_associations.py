@@ -7,7 +7,7 @@ Source: arXiv:2205.11276, Fig. 1 and "Memorizing associations" in Methods.
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +30,10 @@ WHILE_WRITING = ("features_encoded", "labels_encoded", "write_key", "write_value
 class Sizes:
     """Sizes of the network, under the names of the command-line options."""
 
-    num_classes: int = constant(10, "labels to draw from", low=1, high=10**6)  # C
-    feature_size: int = constant(10, "size of the random vectors", low=1, high=10**6)  # F
-    embedding_size: int = constant(80, "neurons of an encoding population", low=1, high=10**6)  # E
-    memory_size: int = constant(100, "key neurons, and value neurons, of the memory", low=1, high=10**6)  # M
+    num_classes: int = constant(10, low=1, high=10**6)  # C, labels to draw from
+    feature_size: int = constant(10, low=1, high=10**6)  # F, size of the random vectors
+    embedding_size: int = constant(80, low=1, high=10**6)  # E, neurons of an encoding population
+    memory_size: int = constant(100, low=1, high=10**6)  # M, key neurons, and value neurons, of the memory
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -132,12 +132,12 @@ def _in_full_precision(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def build_model(
-    options: Mapping[str, Any], backend: str | Callable = "auto", neuron: Any = None, rule: Any = None
+    params: Mapping[str, Any], backend: str | Callable = "auto", neuron: Any = None, rule: Any = None
 ) -> MemorizingAssociations:
-    """The network of a mapping of options under their names on the command line.
+    """The network of a mapping of options, under their names on the command line.
 
     Args:
-        options: missing ones have their default, and those of a run that say nothing of the network are ignored; so the
+        params: missing ones have their default, and those of a run that say nothing of the network are ignored; so the
             `params` of a checkpoint will do.
         backend: as of `MemorizingAssociations`.
         neuron, rule: in place of those that the options describe: objects with the methods of `LIFNeuron` and `HebbianRule`.
@@ -147,22 +147,35 @@ def build_model(
             that contradicts `neuron` or `rule`.
     """
     backends.check_name(backend)
-    parts = {"neuron": (LIFNeuron, neuron), "rule": (HebbianRule, rule)}
-    kinds = (Sizes, Dynamics, LIFNeuron, HebbianRule)
-    refuse_misspelled(options, [field.name for kind in kinds for field in fields(kind) if field.metadata])
+    refuse_misspelled(params, list(defaults()))
+    sizes, dynamics = constants(params)
+    for name, part in {"neuron": neuron, "rule": rule}.items():
+        for field in fields(getattr(dynamics, name)) if part is not None else ():
+            if field.name in params and getattr(part, field.name, params[field.name]) != params[field.name]:
+                own = f"the {name} that is given has {getattr(part, field.name)}; leave one of them out"
+                raise ValueError(f"{field.name} {params[field.name]}: {own}")
+    dynamics = replace(dynamics, neuron=neuron or dynamics.neuron, rule=rule or dynamics.rule)
+    return MemorizingAssociations(sizes, dynamics, backend)
 
-    def given(constants: type) -> dict[str, Any]:
-        return {field.name: options[field.name] for field in fields(constants) if field.metadata and field.name in options}
 
-    chosen = {}
-    for name, (kind, part) in parts.items():
-        for option, value in given(kind).items() if part is not None else ():
-            if getattr(part, option, value) != value:
-                raise ValueError(
-                    f"{option} {value}: the {name} that is given has {getattr(part, option)}; leave one of them out"
-                )
-        chosen[name] = kind(**given(kind)) if part is None else part
-    return MemorizingAssociations(Sizes(**given(Sizes)), Dynamics(**given(Dynamics) | chosen), backend)
+def constants(params: Mapping[str, Any]) -> tuple[Sizes, Dynamics]:
+    """Sizes and constants of a network from a mapping of options; others are ignored, missing ones have their default.
+
+    Raises:
+        ValueError: one is of another type or out of bounds; names it.
+    """
+
+    def given(kind: type) -> dict[str, Any]:
+        return {field.name: params[field.name] for field in fields(kind) if field.metadata and field.name in params}
+
+    neuron, rule = LIFNeuron(**given(LIFNeuron)), HebbianRule(**given(HebbianRule))
+    return Sizes(**given(Sizes)), Dynamics(**given(Dynamics), neuron=neuron, rule=rule)
+
+
+def defaults() -> dict[str, Any]:
+    """The options of a network, with their defaults."""
+    kinds = (Sizes, HebbianRule, Dynamics, LIFNeuron)
+    return {field.name: field.default for kind in kinds for field in fields(kind) if field.metadata}
 
 
 def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) -> Tensor:

@@ -30,11 +30,11 @@ class LIFNeuron:
     (examples/another_neuron.py).
     """
 
-    thr: float = constant(0.1, "firing threshold", above=0)  # theta
-    perfect_reset: bool = constant(False, "reset the membrane to 0 instead of subtracting the threshold")
-    refractory_time_steps: int = constant(3, "refractory time steps (ms) after a spike", low=0, high=10**6)
-    tau_mem: float = constant(20.0, "time constant of the membrane, ms", above=0)
-    dampening_factor: float = constant(1.0, "height of the surrogate derivative", low=0)
+    thr: float = constant(0.1, above=0)  # theta, firing threshold
+    perfect_reset: bool = constant(False)  # reset the membrane to 0 instead of subtracting the threshold
+    refractory_time_steps: int = constant(3, low=0, high=10**6)  # refractory time steps (ms) after a spike
+    tau_mem: float = constant(20.0, above=0)  # time constant of the membrane, ms
+    dampening_factor: float = constant(1.0, low=0)  # height of the surrogate derivative
 
     def __post_init__(self) -> None:
         check_bounds(self)

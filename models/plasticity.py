@@ -18,10 +18,10 @@ class HebbianRule:
     Another rule is a frozen dataclass with the same two methods (examples/another_rule.py).
     """
 
-    w_max: float = constant(1.0, "soft upper bound of a Hebbian weight", above=0)
-    gamma_pos: float = constant(0.3, "strength of Hebbian potentiation", low=0)
-    gamma_neg: float = constant(0.3, "strength of Hebbian depression", low=0)
-    tau_trace: float = constant(20.0, "time constant of the spike traces, ms", above=0)
+    w_max: float = constant(1.0, above=0)  # soft upper bound of a Hebbian weight
+    gamma_pos: float = constant(0.3, low=0)  # strength of Hebbian potentiation
+    gamma_neg: float = constant(0.3, low=0)  # strength of Hebbian depression
+    tau_trace: float = constant(20.0, above=0)  # time constant of the spike traces, ms
 
     def __post_init__(self) -> None:
         check_bounds(self)

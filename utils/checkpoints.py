@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, read without executing anything they hold. The file format is described here.
 
-A checkpoint is a `torch.save` dictionary of plain values and tensors, under the keys of the published program. Evaluating and
-plotting need `params` and `state_dict` only:
+A checkpoint is a `torch.save` dictionary of plain values and tensors. Evaluating and plotting need `params` and `state_dict`:
 
     params       option name -> value
     state_dict   parameter name -> tensor
@@ -11,28 +10,23 @@ plotting need `params` and `state_dict` only:
     optimizer    state of Adam
     history      one dictionary per epoch, the lines of the metrics file
     running      sums over the samples of the unfinished epoch
-    time_stamp, log_dir
     parts        of a network saved by `save_model`: class and constants of a neuron or a rule that is not the published one
-    digest       SHA-256 over all the others
 
-The digest vouches for a file of this program. Published checkpoints have none, and are converted and checked: their `params` is
-an `argparse.Namespace`, their parameter names may carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix
-of ones that is not learned. A file of weights alone, `torch.save(model.state_dict(), path)`, is read, too.
+The original implementation's checkpoints are read, too: their `params` is an `argparse.Namespace`, their parameter names may
+carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix of ones that is not learned.
 """
 
 import argparse
 import contextlib
-import hashlib
-import io
+import math
 import os
 import pickle
 import re
-import time
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, BinaryIO
 
 import torch
@@ -44,43 +38,32 @@ from models.neurons import LIFNeuron
 from models.operands import refuse_misspelled
 from models.plasticity import HebbianRule
 from utils.errors import UserError
-from utils.options import MODEL, RECORDED, REMOVED, SEQUENCE_LENGTH, check_removed
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 
-# What a checkpoint need not hold.
-_ABSENT = {"epoch": 0, "sample": 0, "best_acc": torch.tensor(0.0), "optimizer": None, "history": [], "running": {}}
-_ABSENT |= {"time_stamp": "", "log_dir": "", "parts": {}}
-_NOT_LEARNED = "encoding_layer.encoding"
-# PyTorch's defaults, with which this program and the published one train.
-_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
-_FOREIGN = "not a checkpoint of this program or of the published one"
+_ABSENT = {"epoch": 0, "sample": 0, "best_acc": 0.0, "optimizer": None, "history": [], "running": {}, "parts": {}}
+_FOREIGN = "not a checkpoint of this program or of the original implementation"
+_PARTS = {"neuron": LIFNeuron, "rule": HebbianRule}  # the published ones
+DEFAULTS = {"sequence_length": 10} | models.defaults()  # of the options that a network has
 
 
 # A trained network, for use as a library
 
 
 def load_model(
-    path: str | Path, backend: str | Callable = "auto", *, neuron: Any = None, rule: Any = None, **options: Any
+    path: str | Path, backend: str | Callable = "auto", *, neuron: Any = None, rule: Any = None
 ) -> MemorizingAssociations:
     """A trained network from a checkpoint, on the CPU.
 
     Args:
         backend: as of `models.MemorizingAssociations`.
         neuron, rule: those of the network, where it was saved with others than `LIFNeuron` and `HebbianRule`.
-        options: model options, for a file of weights alone, which does not hold them.
 
     Raises:
-        TypeError: no such model option.
-        UserError: no such file, damaged, no network of this program, of another neuron or rule, or of other options.
+        UserError: no such file, damaged, no checkpoint, or of another neuron or rule.
     """
-    if unknown := sorted(options.keys() - {option.name for option in MODEL}):
-        raise TypeError(f"load_model: {', '.join(unknown)} is no model option")
-    checkpoint = load(path, options, neuron=neuron, rule=rule)
-    for name, value in options.items():
-        if checkpoint["params"][name] != value:
-            raise UserError(f"{path}: {name} is {checkpoint['params'][name]}, not {value}; leave it out")
+    checkpoint = load(path, neuron=neuron, rule=rule)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
         model = models.build_model(checkpoint["params"], backend, neuron, rule)
     load_weights(model, checkpoint["state_dict"], path)
@@ -95,7 +78,7 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
         options: more to record, such as the `sequence_length` that it was trained with.
 
     Raises:
-        ValueError: not such a network, an impossible or misspelled option, or one that is not this network's.
+        ValueError: not such a network, a misspelled option, or one that is not this network's.
         UserError: the file cannot be written.
     """
     network = model
@@ -103,27 +86,20 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
         network = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
         if network is None:
             raise ValueError(f"save_model takes a MemorizingAssociations, not {type(model).__name__}")
-    refuse_misspelled(options or {}, [option.name for option in MODEL])
-    dynamics = network.dynamics
+    dynamics, options = network.dynamics, options or {}
+    refuse_misspelled(options, list(DEFAULTS))
     parts = (network.sizes, dynamics, dynamics.neuron, dynamics.rule)
-    params = {o.name: next((getattr(part, o.name) for part in parts if hasattr(part, o.name)), o.default) for o in MODEL}
-    for option in MODEL:
-        if option.name in (options or {}):
-            value = option.convert(options[option.name])
-            if option is not SEQUENCE_LENGTH and value != params[option.name]:
-                raise ValueError(f"{option.name} {value}: the network has {params[option.name]}")
-            params[option.name] = value
-    content = {"params": params, "state_dict": _own_names(network.state_dict()), "parts": {}}
-    for name, usual in _USUAL_PARTS.items():
-        if type(part := getattr(dynamics, name)) is not usual:
-            content["parts"][name] = _described(part)
-    with torch.random.fork_rng(devices=[]):
-        usual_network = models.build_model(params, "reference", dynamics.neuron, dynamics.rule)
-        load_weights(usual_network, content["state_dict"], path)
+    own = {name: getattr(part, name) for name in DEFAULTS for part in parts if hasattr(part, name)}
+    if wrong := [
+        f"{name} {value}: the network has {own[name]}" for name, value in options.items() if own.get(name, value) != value
+    ]:
+        raise ValueError("; ".join(wrong))
+    content = {"params": DEFAULTS | dict(options) | own, "state_dict": _own_names(network.state_dict())}
+    content["parts"] = {
+        n: _described(getattr(dynamics, n)) for n, usual in _PARTS.items() if type(getattr(dynamics, n)) is not usual
+    }
+    _check_shapes(content["params"], content["state_dict"])
     save(Path(path), content)
-
-
-_USUAL_PARTS = {"neuron": LIFNeuron, "rule": HebbianRule}
 
 
 def _described(part: Any) -> dict[str, Any]:
@@ -136,7 +112,7 @@ def _described(part: Any) -> dict[str, Any]:
 def _check_parts(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises ValueError where neuron and rule are not those that a checkpoint was saved with. Classes are compared by name, and
     nothing is imported."""
-    for name, usual in _USUAL_PARTS.items():
+    for name, usual in _PARTS.items():
         wanted, part = parts.get(name), given.get(name)
         if wanted and part is None:
             constants = ", ".join(f"{field}={value}" for field, value in wanted["fields"].items())
@@ -166,9 +142,7 @@ def save(path: Path, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written; what stood there stays.
     """
-    archive = io.BytesIO()
-    torch.save({**checkpoint, "digest": digest(checkpoint)}, archive)
-    write_atomically(path, lambda file: file.write(archive.getbuffer()))
+    write_atomically(path, lambda file: torch.save(dict(checkpoint), file))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -184,17 +158,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as failure:  # PyTorch's writer of archives turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(failure, "strerror", None) or str(failure).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); make room or choose another --output_dir") from failure
+    with contextlib.suppress(OSError):  # some file systems cannot synchronize a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as failure:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(
-            f"{path}: cannot be written ({failure.strerror}); make room or choose another --output_dir"
-        ) from failure
 
 
 def remove_left_behind(path: Path) -> None:
@@ -206,16 +180,13 @@ def remove_left_behind(path: Path) -> None:
 # Reading
 
 
-def load(path: str | Path, given: Mapping[str, Any] | None = None, *, neuron: Any = None, rule: Any = None) -> dict[str, Any]:
-    """Read a checkpoint: every key described above but the digest, published ones converted.
-
-    `optimizer` is None where the file holds no state of Adam for this network, and what else may be absent has the value of a
-    new training. A warning names the model options that the file does not hold and that are taken as their defaults.
+def load(path: str | Path, *, neuron: Any = None, rule: Any = None) -> dict[str, Any]:
+    """Read a checkpoint: every key described above, the original implementation's converted. What may be absent has the value
+    of a new training; `optimizer` is None where the file holds no state of Adam for this network.
 
     Nothing in the file is executed: only tensors and plain values are unpickled.
 
     Args:
-        given: model options for a file of weights alone.
         neuron, rule: as of `load_model`.
 
     Raises:
@@ -223,42 +194,38 @@ def load(path: str | Path, given: Mapping[str, Any] | None = None, *, neuron: An
     """
     try:
         content = _read(Path(path))
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not {"params", "state_dict"} <= content.keys():
             raise ValueError(_FOREIGN)
-        if "digest" not in content:
-            content = _converted(content)
-        elif content.pop("digest") != digest(content):
-            raise ValueError(
-                "damaged: its contents do not have the digest they were written with; use another checkpoint (or, where they "
-                "were changed on purpose, remove the digest, too)"
-            )
-        _check_parts(content.get("parts", {}), {"neuron": neuron, "rule": rule})
-        params = content.get("params")
-        if params is None:
-            params = _params_of_weights(content["state_dict"], given or {})
-        params, missing = _completed(vars(params) if isinstance(params, argparse.Namespace) else params)
-        if missing and not isinstance(content.get("params"), argparse.Namespace):  # that program knows no others
-            assumed = ", ".join(f"{name} {params[name]}" for name in missing)
-            warnings.warn(f"{path} does not hold every model option; assumed: {assumed}", stacklevel=2)
+        checkpoint = {key: content.get(key, value) for key, value in _ABSENT.items()}
+        _check_parts(checkpoint["parts"], {"neuron": neuron, "rule": rule})
+        params, state_dict = content["params"], _own_names(content["state_dict"])
+        if isinstance(params, argparse.Namespace):
+            params = vars(params) | {"inf_data": int(params.inf_data)}
+            if not (state_dict.pop("encoding_layer.encoding", torch.ones(())) == 1).all():
+                raise ValueError("state_dict: encoding_layer.encoding is not a matrix of ones")
+        params = _checked_constants(DEFAULTS | params)
+        _check_shapes(params, state_dict)
+        checkpoint |= {"params": params, "state_dict": state_dict, "optimizer": _adam(checkpoint["optimizer"], state_dict)}
+        checkpoint["best_acc"] = float(checkpoint["best_acc"])
+        checkpoint["history"] = [metrics_line(line) for line in checkpoint["history"]]
+        checkpoint["running"] = {_RENAMED.get(name, name): value for name, value in checkpoint["running"].items()}
+        _check_numbers(checkpoint)
     except FileNotFoundError as failure:
         raise UserError(f"{path}: no such file; give a checkpoint (...pth.tar) or the folder of a run") from failure
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror or failure}") from failure
     except ValueError as failure:
-        raise UserError(f"{path}: {failure}") from failure
+        raise UserError(f"{path}: {_shown(failure)}") from failure
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError) as failure:
         raise UserError(f"{path}: {_FOREIGN}") from failure
-    checkpoint = {key: content.get(key, value) for key, value in _ABSENT.items()}
-    if not (checkpoint["optimizer"] or {}).get("state"):
-        checkpoint["optimizer"] = None
-    return checkpoint | {"params": params, "state_dict": content["state_dict"]}
+    return checkpoint
 
 
-def find(folder: Path, names: tuple[str, ...] = (LAST, BEST)) -> tuple[Path, dict[str, Any]] | None:
+def find(folder: Path, names: tuple[str, ...] = (LAST, BEST), quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The first whole checkpoint of these names in a run folder and its path, or None. What is damaged is reported.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, and none is whole (with `quiet`: None).
     """
     failures = []
     for path in (folder / name for name in names):
@@ -272,7 +239,7 @@ def find(folder: Path, names: tuple[str, ...] = (LAST, BEST)) -> tuple[Path, dic
             for failure in failures:
                 print(f"warning: {failure}; going back to {path}, of epoch {checkpoint['epoch']}", flush=True)
             return path, checkpoint
-    if failures:
+    if failures and not quiet:
         raise UserError("; ".join(failures))
     return None
 
@@ -281,44 +248,27 @@ def _read(path: Path) -> Any:
     """What a `torch.save` file holds. Raises OSError, or ValueError saying what is wrong with it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # A record that is marked as a folder (0x10) would be read as whatever stands in memory.
-            folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
-            if damaged := archive.testzip() or next(folders, None):
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("refused, it is compressed, which torch.save never does")
+                if entry.external_attr & 0x10:  # marked as a folder, it would be read as whatever stands in memory
+                    raise ValueError(f"damaged in {entry.filename!r}; use another checkpoint")
+            if damaged := archive.testzip():
                 raise ValueError(f"damaged in {damaged!r}; use another checkpoint")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as failure:
         raise ValueError("refused, it holds more than tensors and plain values") from failure
-    except (OSError, ValueError):
+    except FileNotFoundError:
+        raise
+    except OSError as failure:
+        if failure.errno and failure.filename:
+            raise
+        raise ValueError("damaged, or not a checkpoint; use another one") from failure
+    except ValueError:
         raise
     except Exception as failure:  # there is no telling what a damaged archive or pickle raises
         raise ValueError("damaged, or not a checkpoint; use another one") from failure
-
-
-# Files for which no digest vouches
-
-
-def _converted(content: dict[str, Any]) -> dict[str, Any]:
-    """A published checkpoint, one that somebody stripped, or weights alone, in our form: checked."""
-    if "state_dict" not in content and all(isinstance(value, Tensor) for value in content.values()):
-        content = {"state_dict": content}
-    state_dict = _own_names(content["state_dict"])
-    ones = state_dict.pop(_NOT_LEARNED, torch.ones(()))
-    if not (ones == 1).all():
-        raise ValueError(f"state_dict: {_NOT_LEARNED} is not a matrix of ones")
-    params, epoch, best_acc = (content.get(key) for key in ("params", "epoch", "best_acc"))
-    if not (epoch is None or (type(epoch) is int and 0 <= epoch < 10**9)):
-        raise ValueError("epoch: must be a whole number from 0")
-    best_acc = torch.as_tensor(best_acc or 0.0).double().reshape(())
-    optimizer = _adam(content.get("optimizer"), state_dict)
-    tensors = state_dict | {"best_acc": best_acc}
-    for number, moment in optimizer["state"].items() if optimizer else ():
-        # A mean square that is negative, which cannot be, has no root.
-        tensors |= {f"optimizer: {part} of parameter {number}": moment[part] for part in ("step", "exp_avg")}
-        tensors[f"optimizer: exp_avg_sq of parameter {number}"] = moment["exp_avg_sq"].sqrt()
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"{', '.join(broken)}: holds a number that is not finite; use another checkpoint")
-    return {"params": params, "state_dict": state_dict, "epoch": epoch or 0, "best_acc": best_acc, "optimizer": optimizer}
 
 
 def _own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -327,86 +277,84 @@ def _own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in names.items() if name != "n_averaged"}
 
 
+def _checked_constants(params: dict[str, Any]) -> dict[str, Any]:
+    """The options of a network, which must be possible. Raises ValueError."""
+    try:
+        models.constants(params)
+    except ValueError as wrong:
+        raise ValueError(f"params: {wrong}") from wrong
+    return params
+
+
+def _check_shapes(params: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+    """See that weights have the sizes of the options and storages of their own size, before anything is built from either."""
+    classes, features, embedding, memory = (params[n] for n in ("num_classes", "feature_size", "embedding_size", "memory_size"))
+    wanted = {
+        "input_layer.weight": (embedding, features),
+        "embedding_layer.embedding.weight": (classes, embedding),
+        "writing_layer.W": (2 * memory, 2 * embedding),
+        "reading_layer.W": (memory, embedding + memory),
+        "output_layer.weight": (classes, memory),
+    }
+    found = {name: tuple(weight.shape) for name, weight in state_dict.items()}
+    if wrong := [f"{n} {found.get(n)}, not {wanted.get(n)}" for n in {**wanted, **found} if found.get(n) != wanted.get(n)]:
+        raise ValueError(f"does not fit the network ({short('; '.join(wrong))})")
+    for name, weight in state_dict.items():
+        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+            raise ValueError(f"state_dict: {name} has more elements than the file holds")
+
+
 def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Adam's state without the matrix of ones, which counts as the third parameter in published checkpoints.
+    """Adam's state without the matrix of ones, which counts as the third parameter in the original implementation.
 
     None where it is not that of an Adam with PyTorch's defaults over these weights.
     """
+    usual = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
     try:
         (group,), state = optimizer["param_groups"], optimizer["state"]
         numbers = list(group["params"])
         if len(numbers) == len(weights) + 1:
             del numbers[2]
-        # PyTorch before 1.12 counted the steps in a plain number.
-        moments = {new: state[old] | {"step": torch.as_tensor(state[old]["step"]).float()} for new, old in enumerate(numbers)}
+        moments = {new: {part: torch.as_tensor(x) for part, x in state[old].items()} for new, old in enumerate(numbers)}
         for moment, weight in zip(moments.values(), weights.values(), strict=True):
             if (moment["step"].ndim, moment["exp_avg"].shape, moment["exp_avg_sq"].shape) != (0, weight.shape, weight.shape):
                 return None
-        if any(group.get(name, usual) != usual for name, usual in _ADAM.items()):
+        if any(group.get(name, value) != value for name, value in usual.items()):
             return None
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
     return {"state": moments, "param_groups": [group | {"params": list(moments)}]}
 
 
-# Options
+def _check_numbers(checkpoint: Mapping[str, Any]) -> None:
+    """Raises ValueError for a number that is not finite, a count that is none, and a mean square that has no root."""
+    for name in ("epoch", "sample"):
+        if not (type(checkpoint[name]) is int and 0 <= checkpoint[name] < 10**9):
+            raise ValueError(f"{name}: must be a whole number from 0")
+    tensors = checkpoint["state_dict"] | {"best_acc": torch.tensor(checkpoint["best_acc"])}
+    for number, moment in checkpoint["optimizer"]["state"].items() if checkpoint["optimizer"] else ():
+        tensors |= {f"optimizer: {part} of parameter {number}": moment[part] for part in ("step", "exp_avg")}
+        tensors[f"optimizer: exp_avg_sq of parameter {number}"] = moment["exp_avg_sq"].sqrt()
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    broken += [f"running: {name}" for name, value in checkpoint["running"].items() if not math.isfinite(value)]
+    if broken:
+        raise ValueError(f"{', '.join(broken)}: holds a number that is not finite; use another checkpoint")
 
 
-def _params_of_weights(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of a network whose weights are all that is known, and the model options that are given."""
-    num_classes, memory_size = state_dict["output_layer.weight"].shape
-    embedding_size, feature_size = state_dict["input_layer.weight"].shape
-    sizes = {"num_classes": num_classes, "memory_size": memory_size}
-    sizes |= {"embedding_size": embedding_size, "feature_size": feature_size}
-    params = {option.name: given[option.name] for option in MODEL if option.name in given} | sizes
-    if isinstance(length := params.get("sequence_length"), tuple):  # those to evaluate
-        params["sequence_length"] = max(length)
-    return params
+def metrics_line(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the metrics: that of an earlier release (nested rates, epochs counted from 0) in today's form."""
+    if "rates" not in line:
+        return dict(line)
+    others = {name: value for name, value in line.items() if name != "rates"}
+    return others | {"epoch": line["epoch"] + 1} | line["rates"]
 
 
-def _completed(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The options of a run, through the table of options, and the names of the missing ones that take their defaults."""
-    completed = {}
-    for option in RECORDED:
-        if option.name in params:
-            value = params[option.name]
-            try:
-                # The published `inf_data` is true or false.
-                completed[option.name] = option.convert(int(value) if option.name == "inf_data" else value)
-            except (TypeError, ValueError) as wrong:
-                raise ValueError(f"params: {option.name} {wrong}") from wrong
-    for name in REMOVED.keys() & params:
-        try:
-            check_removed(name, params[name])
-        except ValueError as wrong:
-            raise ValueError(f"params: {name} {params[name]}: {wrong}") from None
-    missing = {option.name: option.default for option in MODEL if option.name not in completed}
-    return missing | completed, list(missing)
+# Sums of an unfinished epoch of v0.3.
+_RENAMED = {"loss": "train_loss", "accuracy": "train_accuracy", "regularization": "rate_regularization"}
 
 
-# The digest
-
-
-def digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 over names, types, shapes and every bit of what a checkpoint holds, as 64 hexadecimal digits."""
-    found = hashlib.sha256()
-    for part in _bytes_of(content):
-        found.update(len(part).to_bytes(8, "little"))
-        found.update(part)
-    return found.hexdigest()
-
-
-def _bytes_of(value: Any) -> Iterator[bytes]:
-    if isinstance(value, Tensor):
-        yield f"{value.dtype} {tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, (dict, list, tuple)):
-        yield f"{'dict' if isinstance(value, dict) else type(value).__name__} {len(value)}".encode()
-        for part in value.items() if isinstance(value, dict) else value:
-            yield from _bytes_of(part)
-    else:
-        yield f"{type(value).__name__} {value!r}".encode()
-
-
-def time_stamp() -> str:
-    return time.strftime("%Y%m%d-%H%M%S")
+def _shown(failure: Exception) -> str:
+    """What a file says, in a message: printable, and not longer than a few lines."""
+    text = " ".join(str(failure).split())
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) < 600 else text[:600] + " ..."

@@ -1,53 +1,48 @@
 """The device and the backend that a network runs on."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-import models
-from models import backends
-from utils import distributed
-from utils.distributed import print_rank0
+from models import BackendError, backends
 from utils.errors import UserError
-from utils.options import Options
 
 
-def choose_device(options: Options) -> torch.device:
-    """The device of --gpu or --device; one that comes from a checkpoint and is not here gives way to `auto`.
+def choose(name: str, gpu: int | None) -> torch.device:
+    """The device of --gpu or --device, with its index.
 
     Raises:
         UserError: there is no such device here.
     """
-    name = f"cuda:{options['gpu']}" if options["gpu"] is not None else options["device"]
+    name = f"cuda:{gpu}" if gpu is not None else name
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        if not options.given & {"device", "gpu"}:
-            return torch.device("cpu")
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device if device.type == "cpu" else torch.device("cuda", device.index or 0)
+    return torch.device("cuda", device.index or 0)
 
 
-def choose_backend(model: models.MemorizingAssociations, device: torch.device, options: Options) -> str:
-    """The backend that runs a network on a device, which is checked here. Prints which one it is.
+def available(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint's run without a device or a backend that is not here, so that `auto` takes another one."""
+    found = dict(record)
+    if found.get("device") == "cuda" and not torch.cuda.is_available():
+        del found["device"]
+    if (backend := found.get("backend")) in backends.KERNELS:
+        try:
+            backends.load(backend, "cuda" if torch.cuda.is_available() and found.get("device") != "cpu" else "cpu")
+        except BackendError as reason:
+            print(f"the checkpoint's run used another backend, {backend}: {reason}", flush=True)
+            del found["backend"]
+    return found
 
-    One that comes from a checkpoint and does not run here gives way to `auto`.
 
-    Raises:
-        models.BackendError: the backend asked for by name cannot run this network here.
-    """
-    try:
-        backend = backends.choose(model.backend, str(device), model.dynamics, models.store_and_recall)
-    except models.BackendError as error:
-        if distributed.broadcast_object("backend" in options.given):
-            raise
-        print_rank0(f"the checkpoint's run used another backend: {error}")
-        model.backend = "auto"
-        backend = backends.choose(model.backend, str(device), model.dynamics, models.store_and_recall)
-    line = f"backend {backend} on {device.type}"
-    if device.type == "cpu" and torch.cuda.is_available() and not options.given & {"device", "gpu"}:
-        line += "; there is a GPU, which --device cuda --backend auto uses"
-    print_rank0(line)
-    return backend
+def unused_gpu(device: torch.device) -> str:
+    """A hint where a CPU is used beside a GPU."""
+    return "; there is a GPU: use --device cuda --backend auto" if device.type == "cpu" and torch.cuda.is_available() else ""

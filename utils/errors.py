@@ -6,15 +6,12 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any
 
 import torch
 
 import models
-from models.neurons import LIFNeuron
-from models.plasticity import HebbianRule
 
 
 class UserError(Exception):
@@ -53,15 +50,14 @@ def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
     return reporting
 
 
-def not_finite(where: str, what: str, options: Mapping[str, Any]) -> UserError:
+def not_finite(where: str, what: str, dynamics: models.Dynamics) -> UserError:
     """What stops a network whose numbers are not finite: the constants that are not at their defaults, or the training."""
-    constants = [field for part in (HebbianRule, models.Dynamics, LIFNeuron) for field in fields(part)]
-    changed = [
-        f"--{f.name} {options[f.name]}" for f in constants if isinstance(f.default, float) and options[f.name] != f.default
-    ]
+    of_parts = [(part, field) for part in (dynamics.rule, dynamics, dynamics.neuron) for field in fields(part)]
+    values = {field.name: (getattr(part, field.name), field.default) for part, field in of_parts}
+    changed = [f"--{n} {value}" for n, (value, usual) in values.items() if isinstance(usual, float) and value != usual]
     nearer = f"values of {', '.join(changed)} nearer to the defaults, or " if changed else ""
-    training = "a lower --learning_rate or --max_grad_norm"
-    return UserError(f"{where}: not finite: {what}; the last checkpoint stays. Try {nearer}{training}")
+    remedy = f"Try {nearer}a lower --learning_rate or --max_grad_norm"
+    return UserError(f"{where}: not finite: {what}; the last checkpoint stays. {remedy}")
 
 
 def warn_in_one_line() -> None:

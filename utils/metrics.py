@@ -33,7 +33,7 @@ class EpochMetrics:
 
     def add(self, samples: int, sums: Mapping[str, Tensor]) -> None:
         """Add sums over `samples` samples of this process (scalars, detached here), the same names at every step."""
-        for name, total in (sums | {"samples": sums["loss"].new_tensor(samples)}).items():
+        for name, total in (sums | {"samples": sums["train_loss"].new_tensor(samples)}).items():
             self._sums[name] = self._sums.get(name, 0) + total.detach().double()
 
     def totals(self) -> dict[str, float]:
@@ -50,33 +50,27 @@ class EpochMetrics:
     def shown(self) -> dict[str, float]:
         """Loss and accuracy so far of this process."""
         samples = max(self._sums["samples"], 1)  # its shard of the first batch may be empty
-        return {"loss": float(self._sums["loss"] / samples), "accuracy": float(100 * self._sums["accuracy"] / samples)}
+        return {name: float(self._sums[f"train_{name}"] / samples) for name in ("loss", "accuracy")}
 
 
 # Files
 
 
-def flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of an epoch as they are written: epochs counted from 1, a firing rate (Hz) by the name of its population."""
-    others = {name: value for name, value in metrics.items() if name != "rates"}
-    return others | {"epoch": metrics["epoch"] + 1} | metrics["rates"]
-
-
 def write_metrics(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write a metrics file: one JSON object per epoch."""
-    text = "".join(json.dumps(flat(metrics)) + "\n" for metrics in history)
+    """Write a metrics file: one JSON object per epoch, counted from 1."""
+    text = "".join(json.dumps(line) + "\n" for line in history)
     checkpoints.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, also of an older one (nested `rates`, epochs counted from 0), in today's form.
+    """The lines of a metrics file, also of an earlier release.
 
     Raises:
         UserError: it cannot be read, or is none.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [flat(line) if "rates" in line else dict(line) for line in lines]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [checkpoints.metrics_line(line) for line in lines]
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror}") from failure
     except (ValueError, TypeError, LookupError, AttributeError) as failure:
@@ -101,34 +95,26 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 class TensorBoard:
-    """Scalars of every epoch for TensorBoard, on the main process of a run with --logging; else it does nothing.
+    """Scalars of every epoch for TensorBoard; without a folder it does nothing.
+
+    Args:
+        epoch: finished epochs: what the folder holds of later ones is void.
 
     Raises:
         UserError: the package is not installed.
     """
 
-    def __init__(self, logging: bool):
-        self._open = self._writer = None
-        if logging and distributed.is_main():
+    def __init__(self, folder: Path | None, epoch: int):
+        self._writer = None
+        if folder:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--logging needs the package tensorboard: pip install tensorboard") from None
-            self._open = SummaryWriter
-
-    def start(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write the epochs of `history` anew: the run may have gone back, or been continued without --logging."""
-        if self._open:
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
-            self._writer = self._open(folder)
-            for metrics in history:
-                self.write(metrics)
+            self._writer = SummaryWriter(folder, purge_step=epoch + 1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         if self._writer:
-            scalars = {name: value for name, value in metrics.items() if name not in ("epoch", "rates")}
-            scalars |= {f"rate/{name}": rate for name, rate in metrics["rates"].items()}
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, metrics["epoch"] + 1)
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, metrics["epoch"])
             self._writer.flush()

@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
+from models import POPULATIONS, SILENT_BELOW
 from utils import distributed
 from utils.distributed import print_rank0
-from utils.options import RECORDED, Options
 
 
 class Progress:
@@ -51,9 +50,14 @@ class Progress:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values().items())
             self._print(f"{title}, {left:,} samples left in it  {shown}")
 
-    def epoch(self, line: str) -> None:
+    def epoch(self, metrics: Mapping[str, Any], epochs: int) -> None:
         """One epoch is done."""
-        self._print(line)
+        self._print(
+            f"epoch {metrics['epoch']:3d}/{epochs}  "
+            f"loss {metrics['train_loss']:.4f}  accuracy {metrics['train_accuracy']:6.2f} %  "
+            f"validation loss {metrics['validation_loss']:.4f}  accuracy {metrics['validation_accuracy']:6.2f} %  "
+            f"learning rate {metrics['learning_rate']:.3g}"
+        )
 
     def close(self) -> None:
         self._bar.close()
@@ -71,45 +75,13 @@ class Progress:
         return tqdm.format_interval((self._total - self._done) / speed) if speed else "?"
 
 
-def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
-    """The numbers of an epoch, as people read them."""
-    return (
-        f"epoch {metrics['epoch'] + 1:3d}/{epochs}  "
-        f"loss {metrics['train_loss']:.4f}  accuracy {metrics['train_accuracy']:6.2f} %  "
-        f"validation loss {metrics['validation_loss']:.4f}  accuracy {metrics['validation_accuracy']:6.2f} %  "
-        f"learning rate {metrics['learning_rate']:.3g}"
-    )
-
-
-def report_start(options: Options, state, model: torch.nn.Module, checkpoint: dict | None, samples: int) -> str:
-    """Print what is trained, on what, and what a resume changes. Returns the line that is recorded."""
-    length, classes, batch = options["sequence_length"], options["num_classes"], options.step_size
-    parameters = sum(weight.numel() for weight in model.parameters())
-    processes = f", {distributed.world_size()} processes on {options.nodes} nodes" if distributed.world_size() > 1 else ""
-    print_rank0(f"{parameters:,} parameters learn {length} pairs of {classes} classes: epochs {state.epoch + 1} to "
-                f"{options['epochs']} of {samples:,} samples, {batch:,} in a step{processes}, seed "
-                f"{options['seed']}, in {options['output_dir']}")  # fmt: skip
-    where = f"in epoch {state.epoch + 1} after {state.sample} samples"
-    changed = []
-    if checkpoint:
-        before = {name: value for name, value in checkpoint["params"].items() if value != "auto"}
-        changed = options.differences(before, RECORDED)
-        print_rank0(f"resuming {options['resume']} {where}{''.join(f'; from here on {change}' for change in changed)}")
-        earlier = state.history[-1].get("batch_size", batch) if state.history else batch
-        if earlier != batch:
-            print_rank0(f"warning: a step takes {batch:,} samples, not {earlier:,} as before; --batch_size counts per node")
-    where += f": {options['backend']} on {options['device']}, {batch} samples in a step{processes}"
-    return where + "".join(f", {change}" for change in changed)
-
-
-def report_silence(history: list[dict[str, Any]], options: Options, silent_below: float) -> None:
-    """Say when a population falls silent, and when it fires again."""
-    now, before = history[-1]["rates"], history[-2]["rates"] if len(history) > 1 else {}
-    for name, rate in now.items():
-        silent, was_silent = rate < silent_below, before.get(name, math.inf) < silent_below
+def report_silence(history: list[dict[str, Any]], short: bool) -> None:
+    """Say when a population falls silent, and when it fires again. `short`: training begins with few pairs already."""
+    now, before = history[-1], history[-2] if len(history) > 1 else {}
+    for name in POPULATIONS:
+        silent, was_silent = now[name] < SILENT_BELOW, before.get(name, math.inf) < SILENT_BELOW
         if silent and not was_silent:
-            short = options["sequence_length"] <= 2 or options["curriculum_start"]
             remedy = "" if short else "; --curriculum_start 2 avoids it"
-            print_rank0(f"warning: {name} fell silent (mean rate {rate:.2g} Hz), so nothing is learned through it{remedy}")
+            print_rank0(f"warning: {name} fell silent (mean rate {now[name]:.2g} Hz), so nothing is learned through it{remedy}")
         if was_silent and not silent:
-            print_rank0(f"{name} fires again ({rate:.2g} Hz)")
+            print_rank0(f"{name} fires again ({now[name]:.2g} Hz)")

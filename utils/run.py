@@ -1,7 +1,16 @@
-"""The folder of a run: its options, its checkpoints, its metrics; and the checkpoint that a run continues."""
+"""The folder of a run, and the checkpoint that a run continues.
+
+options.yaml         the options, which --config reads, below an entry for every start of the run
+checkpoint.pth.tar   all that an exact continuation needs (see utils/checkpoints.py)
+model_best.pth.tar   the same, of the epoch of highest validation accuracy
+metrics.jsonl        one JSON object per epoch; a repetition gives all of it again, bit for bit, but `seconds` (wall time)
+tensorboard/         with --logging
+.lock                held by the process that writes into the folder
+
+One rule: a new run needs a folder without a run, and --resume auto continues what is there.
+"""
 
 import contextlib
-import fcntl
 import itertools
 import platform
 import shlex
@@ -11,14 +20,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from utils import checkpoints
-from utils.errors import UsageError, UserError
-from utils.metrics import write_metrics, write_table
-from utils.options import DATA, MODEL, RECORDED, SEQUENCE_LENGTH, Options
+from utils.errors import UserError
+from utils.metrics import write_metrics
 
 OPTIONS = "options.yaml"
 METRICS = "metrics.jsonl"
@@ -26,237 +35,128 @@ TABLE = "accuracy_by_length.csv"
 LOCK = ".lock"
 
 
-def lock(folder: Path, name: str) -> IO | None:
-    """Make a folder and lock it by a file in it; None while another process holds the lock.
-
-    The system releases it when it is closed, here and in every process that inherits it, however they end.
+def find_checkpoint(resume: str, output_dir: str, evaluate: bool) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint of --resume and its path; None for a new run.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: there is no such checkpoint.
+    """
+    if not resume:
+        if evaluate:
+            raise UserError("--evaluate needs a checkpoint: --resume PATH")
+        return None, None
+    if resume == "auto" and not output_dir:
+        raise UserError("--resume auto needs to know the run: --output_dir FOLDER")
+    path = Path(output_dir if resume == "auto" else resume)
+    if resume != "auto" and not path.is_dir():
+        return path, checkpoints.load(path)
+    order = (checkpoints.LAST, checkpoints.BEST)
+    if found := checkpoints.find(path, order[::-1] if evaluate else order):
+        return found
+    if evaluate or resume != "auto":
+        raise UserError(f"--resume {resume}: no checkpoint in {path}")
+    if standing := [name for name in (OPTIONS, METRICS) if (path / name).exists()]:
+        raise UserError(
+            f"--output_dir {path}: holds {' and '.join(standing)} of a run, but no checkpoint to continue; "
+            "put the checkpoint back or choose another folder"
+        )
+    print(f"--resume auto: no checkpoint in {path}, a new run begins", file=sys.stderr, flush=True)
+    return None, None
+
+
+@contextlib.contextmanager
+def folder(output_dir: str, resume: Path | None) -> Iterator[Path]:
+    """The folder of a run, locked: --output_dir, or that of the checkpoint to continue, or a new one in runs/.
+
+    Raises:
+        UserError: it cannot be used, another process writes into it, or it holds another run or a later checkpoint of this one.
+    """
+    if output_dir or (resume and resume.with_name(OPTIONS).exists()):
+        path = Path(output_dir) if output_dir else resume.parent
+    else:
+        names = (f"{time.strftime('%Y%m%d-%H%M%S')}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+        path = next(path for name in names if not (path := Path("runs") / name).exists())
+    with locked(path):
+        for name in (OPTIONS, METRICS, checkpoints.LAST, checkpoints.BEST):
+            checkpoints.remove_left_behind(path / name)
+        _check_rule(path, resume)
+        yield path
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes out of it. The system releases the lock when this process ends, however it does.
+
+    Raises:
+        UserError: the folder cannot be made or written to, or another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / name, "a")  # noqa: SIM115, the caller closes it
+        (lock := FileLock(folder / LOCK)).acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"--output_dir {folder}: another process is writing into it; wait for its end or choose another folder"
+        ) from None
+    except NotImplementedError:
+        print(f"warning: --output_dir {folder}: no locks there; make sure no other run uses it", flush=True)
+        lock = contextlib.nullcontext()
     except OSError as failure:
-        raise UserError(f"--output_dir {folder}: cannot be used ({failure.strerror}); choose another folder") from failure
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        print(f"warning: --output_dir {folder}: no locks there; see that no other training uses it", flush=True)
-    return file
+        where = f"{folder} is a link to what is not there" if folder.is_symlink() and not folder.exists() else failure.strerror
+        raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
+    with lock:
+        yield
 
 
-class Run:
-    """The folder of a run:
+def _check_rule(folder: Path, resume: Path | None) -> None:
+    here = resume is not None and resume.parent.resolve() == folder.resolve()  # the checkpoint itself may be a link
+    standing = [name for name in (OPTIONS, METRICS, checkpoints.LAST, checkpoints.BEST) if (folder / name).exists()]
+    if standing and not here:
+        raise UserError(f"--output_dir {folder}: holds a run already; --resume auto continues it, or choose another folder")
+    if here and resume.name != checkpoints.LAST and checkpoints.find(folder, (checkpoints.LAST,), quiet=True):
+        raise UserError(
+            f"--resume {resume}: {folder / checkpoints.LAST} is the last checkpoint of this run; resume that, "
+            "or choose another --output_dir"
+        )
 
-    options.yaml         the options, which --config reads, below an entry for every start of the run
-    checkpoint.pth.tar   all that an exact continuation needs (see utils/checkpoints.py)
-    model_best.pth.tar   the same, of the epoch of highest validation accuracy
-    metrics.jsonl        one JSON object per epoch; a repetition gives all of it again, bit for bit, but `seconds` (wall time)
-    tensorboard/         with --logging
-    .lock                held by the process that writes into the folder
+
+def save(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None:
+    """Write the metrics file from the checkpoint's history, then the checkpoint.
+
+    Killed in between, a run resumes from the checkpoint before, and writes both again: no line is ever missing. Before the
+    first epoch is done there is nothing but a checkpoint.
     """
+    if is_best:
+        checkpoints.save(folder / checkpoints.BEST, checkpoint)
+    if checkpoint["history"]:
+        write_metrics(folder / METRICS, checkpoint["history"])
+    checkpoints.save(folder / checkpoints.LAST, checkpoint)
 
-    def __init__(self, folder: Path):
-        self.folder = folder
 
-    def lock(self) -> None:
-        """Make the folder and keep other trainings out of it, for as long as this object and its process live.
+def record(folder: Path, options: str, resume: Path | None, how: str) -> None:
+    """Write the options (YAML), below an entry for this start and, of a run that is resumed, for those before it.
 
-        Raises:
-            UserError: the folder cannot be made or written to, or another training holds it.
-        """
-        self._lock = lock(self.folder, LOCK)
-        if not self._lock:
-            raise UserError(
-                f"--output_dir {self.folder}: another training is writing into it; wait for its end or choose another folder"
-            )
-        for name in (OPTIONS, METRICS, checkpoints.LAST, checkpoints.BEST):
-            checkpoints.remove_left_behind(self.folder / name)
-
-    def holds_checkpoint(self) -> bool:
-        return any((self.folder / name).exists() for name in (checkpoints.LAST, checkpoints.BEST))
-
-    def check_record(self) -> None:
-        """Raises UserError where the record of a run stands without a checkpoint: a new run would overwrite it."""
-        standing = [name for name in (OPTIONS, METRICS) if (self.folder / name).exists()]
-        if standing and not self.holds_checkpoint():
-            raise UserError(
-                f"--output_dir {self.folder}: holds {' and '.join(standing)} of a run, but no checkpoint to continue; "
-                "put the checkpoint back or choose another folder"
-            )
-
-    def check_may_write(self, resumed: Path | None, position: tuple[int, int]) -> None:
-        """See that no checkpoint is lost by training on from `resumed`, or anew (None).
-
-        Args:
-            position: epoch and sample from which the training continues.
-
-        Raises:
-            UserError: the folder holds another run, or a later checkpoint of this one.
-        """
-        self.check_record()
-        last = self.folder / checkpoints.LAST
-        # The folder, not the file, is resolved: a checkpoint may be a symbolic link to another disk.
-        here = resumed is not None and resumed.parent.resolve() == self.folder.resolve()
-        if not self.holds_checkpoint() or (here and resumed.name == checkpoints.LAST):
-            return
-        try:
-            there = checkpoints.load(last)
-        except UserError:
-            there = None  # damaged or not there: nothing to lose
-        if not here:
-            if there and not there["history"] and not there["sample"]:
-                return  # nothing has been trained yet
-            raise UserError(
-                f"--output_dir {self.folder}: holds a run already; --resume auto continues it, or choose another folder"
-            )
-        if there and (there["epoch"], there["sample"]) > position:
-            raise UserError(
-                f"--resume {resumed}: {last} is later (epoch {there['epoch']}); resume that, or choose another --output_dir"
-            )
-
-    def record(self, options: Options, resumed: Path | None, how: str) -> None:
-        """Write the options, below an entry for this start and those of the starts before it.
-
-        Args:
-            resumed: the checkpoint that this start continues; entries of its run are kept.
-            how: what started where, and what it changed.
-        """
-        entries = []
-        if resumed:
-            try:
-                lines = resumed.with_name(OPTIONS).read_text(encoding="utf-8").splitlines()
-                entries = list(itertools.takewhile(lambda line: line.startswith(("# started", "# resumed", "#   ")), lines))
-            except (OSError, UnicodeDecodeError):
-                pass  # a published checkpoint, or one that was copied
-        at, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(["python", *sys.argv])
-        program = f"commit {commit()}, Python {platform.python_version()}, PyTorch {torch.__version__}"
-        entries.append(f"# {'resumed' if resumed else 'started'} {at} {how}; host {socket.gethostname()}, {program}")
-        entries.append(f"#   {''.join(c if c.isprintable() else '?' for c in command)}")
-        text = "\n".join(entries) + "\n\n" + options.to_yaml()
-        checkpoints.write_atomically(self.folder / OPTIONS, lambda file: file.write(text.encode(errors="replace")))
-
-    def save(self, checkpoint: dict[str, Any], is_best: bool = False) -> Path:
-        """Write the metrics file from the checkpoint's history, then the checkpoint.
-
-        Killed in between, a run resumes from the checkpoint before, and writes both again: no line is ever missing.
-        """
-        if is_best:
-            checkpoints.save(self.folder / checkpoints.BEST, checkpoint)
-        write_metrics(self.folder / METRICS, checkpoint["history"])
-        last = self.folder / checkpoints.LAST
-        checkpoints.save(last, checkpoint)
-        return last
+    Args:
+        how: what started where, and what it changed.
+    """
+    entries = []
+    if resume:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # a published checkpoint, or one that was copied
+            lines = resume.with_name(OPTIONS).read_text(encoding="utf-8").splitlines()
+            entries = list(itertools.takewhile(lambda line: line.startswith(("# started", "# resumed", "#   ")), lines))
+    at, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(["python", *sys.argv])
+    program = f"commit {commit()}, Python {platform.python_version()}, PyTorch {torch.__version__}"
+    entries.append(f"# {'resumed' if resume else 'started'} {at} {how}; host {socket.gethostname()}, {program}")
+    entries.append(f"#   {''.join(c if c.isprintable() else '?' for c in command)}")
+    text = "\n".join(entries) + "\n\n" + options
+    checkpoints.write_atomically(folder / OPTIONS, lambda file: file.write(text.encode(errors="replace")))
 
 
 def commit() -> str:
-    """The commit of the program, marked where files differ from it."""
-    folder = str(Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty=+changes", "--abbrev=10", "--exclude=*"]
+    """The commit of the program, marked where files differ from it; "unknown" for a copy without its repository."""
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    command += ["describe", "--always", "--dirty=+changes", "--abbrev=10", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def new_folder() -> Path:
-    """A new folder in runs/, which nobody else has."""
-    for number in itertools.count(1):
-        folder = Path("runs") / (checkpoints.time_stamp() + (f"-{number}" if number > 1 else ""))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as failure:
-            raise UserError(f"{folder}: cannot be made ({failure.strerror}); choose a folder by --output_dir") from failure
-
-
-@contextlib.contextmanager
-def find_folder(options: Options, checkpoint: dict | None, leads: bool) -> Iterator[Path]:
-    """The folder of a training: --output_dir, or that of the checkpoint to continue, or a new one.
-
-    Args:
-        leads: whether the main process runs here; elsewhere none is made, and its name is the first node's.
-    """
-    if options["output_dir"] or not leads:
-        yield Path(options["output_dir"])
-    elif checkpoint and Path(options["resume"]).with_name(OPTIONS).exists():
-        yield Path(options["resume"]).parent
-    else:
-        folder = new_folder()
-        try:
-            yield folder
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # it is empty where the start was refused
-
-
-def save_table(options: Options, rows: list[dict[str, Any]], **others: Any) -> None:
-    """Write what an evaluation found: into --output_dir, or beside the checkpoint under its name.
-
-    Raises:
-        UserError: it cannot be written into --output_dir; beside a checkpoint that is a warning.
-    """
-    asked_for = options["output_dir"]
-    beside = Path(f"{options['resume'].removesuffix('.pth.tar')}.{TABLE}")
-    others |= {"num_classes": options["num_classes"], "dataset_seed": options["dataset_seed"], "checkpoint": options["resume"]}
-    try:
-        write_table(Path(asked_for) / TABLE if asked_for else beside, [row | others for row in rows])
-    except UserError as failure:
-        if asked_for:
-            raise
-        print(f"warning: {failure}", flush=True)
-
-
-# The checkpoint of --resume
-
-
-def find_checkpoint(options: Options) -> dict[str, Any] | None:
-    """The checkpoint that --resume names, or None for a new run. `options` gets the options and the path of the checkpoint.
-
-    Raises:
-        UsageError: an option that is given cannot be changed.
-        UserError: there is no such checkpoint.
-    """
-    resume = options["resume"]
-    if not resume:
-        if options["evaluate"]:
-            raise UserError("--evaluate needs a checkpoint: --resume PATH")
-        return None
-    if resume == "auto" and not options["output_dir"]:
-        raise UserError("--resume auto needs to know the run: --output_dir FOLDER")
-    folder = Path(options["output_dir"] if resume == "auto" else resume)
-    if resume != "auto" and not folder.is_dir():
-        checkpoint = checkpoints.load(resume, {name: options[name] for name in options.given})
-    else:
-        order = (checkpoints.LAST, checkpoints.BEST)
-        found = checkpoints.find(folder, order[::-1] if options["evaluate"] else order)
-        if not found and (options["evaluate"] or resume != "auto"):
-            raise UserError(f"--resume {resume}: no checkpoint in {folder}")
-        if not found:
-            Run(folder).check_record()
-            print(f"--resume auto: no checkpoint in {folder}, a new run begins", flush=True)
-            return None
-        options.values["resume"], checkpoint = str(found[0]), found[1]
-    _adopt(options, checkpoint["params"])
-    return checkpoint
-
-
-def _adopt(options: Options, params: dict[str, Any]) -> None:
-    """Take what is not given from the checkpoint, and see that what is given can be meant."""
-    options.adopt(params, RECORDED)
-    if options["evaluate"]:
-        must_agree = [option for option in MODEL if option is not SEQUENCE_LENGTH]
-    else:
-        must_agree = [*MODEL, next(option for option in DATA if option.name == "dataset_seed")]
-        fixed = [option for option in RECORDED if option.name in ("seed", "start_epoch")]
-        if differing := options.differences(params, fixed):
-            raise UsageError(f"{options['resume']}: a run begins once: {', '.join(differing)}; leave that out to continue it")
-    differing = options.differences(params, must_agree)
-    if differing and options["check_params"]:
-        raise UsageError(f"{options['resume']}: options differ: {', '.join(differing)}; --check_params 0 overrides")
