@@ -127,6 +127,7 @@ def main(argv=None) -> int:
     given = parser.given(argv)
     args = parser.complete(given)
     ranks = launch.find_ranks(args)
+    launch.check(ranks, args)
     resume, checkpoint = None, None
     if ranks is None or ranks.leads:  # all other processes are given the options and the checkpoint of this one
         resume, checkpoint = run.find_checkpoint(args.resume, args.output_dir, args.evaluate)

@@ -19,7 +19,7 @@ import memorizing_associations_task as task
 from utils import checkpoints, launch
 from utils.errors import UserError
 from utils.interruption import Interruption
-from utils.options import TASK_GROUPS, Parser
+from utils.options import Parser
 
 
 def check_steps(single: Path, trace: Path, processes: int, threads: int = 1) -> None:
@@ -114,11 +114,14 @@ def test_kernels_are_built_once_before_there_are_processes(tmp_path):
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        pytest.param("1:7:SIGKILL", r"rank 1 \(process \d+ on \S+\) was killed by SIGKILL", id="killed"),
+        pytest.param("1:7:SIGKILL", r"rank 1 \(process 1 terminated with signal SIGKILL, id \d+ on \S+\)", id="killed"),
         pytest.param(
-            "0:7:SIGKILL", r"rank 0 \(process \d+ on \S+\) was killed by SIGKILL", marks=pytest.mark.slow, id="main killed"
+            "0:7:SIGKILL",
+            r"rank 0 \(process 0 terminated with signal SIGKILL, id \d+ on \S+\)",
+            marks=pytest.mark.slow,
+            id="main killed",
         ),
-        pytest.param("1:7:SIGSTOP", "no answer from rank 1", marks=pytest.mark.slow, id="stopped"),
+        pytest.param("1:7:SIGSTOP", "no answer from another process", marks=pytest.mark.slow, id="stopped"),
         pytest.param("1:7:bug", "rank 1 failed: ZeroDivisionError: a bug", marks=pytest.mark.slow, id="bug"),
     ],
 )
@@ -138,7 +141,7 @@ def test_a_death_ends_every_node(tmp_path):
     nodes = [
         Started(*NETWORK, "--epochs", "2", *where, "--rank", str(rank), SMALL_TASK_FAIL="1:3:SIGKILL") for rank in range(2)
     ]
-    cause = r"no answer from node 1 \(rank 1, host \S+\)", r"rank 1 \(process \d+ on \S+\) was killed by SIGKILL"
+    cause = "no answer from another process", r"rank 1 \(process 0 terminated with signal SIGKILL, id \d+ on \S+\)"
     for node, words in zip(nodes, cause, strict=True):
         status, _, err = node.end()
         assert status == 1
@@ -203,7 +206,7 @@ def test_ctrl_c_outside_a_training_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, "_choose_interface", interrupted)
+    monkeypatch.setattr(launch.socket, "getaddrinfo", interrupted)
     assert task.main(["--world_size", "2", "--rank", "1", "--dist_backend", "gloo"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -223,8 +226,14 @@ def test_windows_is_told_in_one_line():
 # Nodes that do not find together
 
 
+def options(*words):
+    parser = Parser("")
+    task.add_options(parser)
+    return parser.complete(parser.given(words))
+
+
 def ranks(*words):
-    return launch.find_ranks(Parser("", TASK_GROUPS).parse(words))
+    return launch.find_ranks(options(*words))
 
 
 ENVIRONMENT = {"MASTER_ADDR": "::1", "MASTER_PORT": "29", "WORLD_SIZE": "4", "RANK": "3"}
@@ -278,24 +287,16 @@ def test_nodes_are_counted_as_published(monkeypatch):
     assert (torchrun.nodes, torchrun.world_size, torchrun.local_rank, torchrun.rank(1)) == (2, 4, 1, 3)
 
 
-def test_the_record_of_two_nodes_runs_again_on_one(tmp_path):
-    options = Parser("", TASK_GROUPS).parse("--world_size 2 --rank 1 --batch_size 31 --dist_url tcp://host:29".split())
-    (tmp_path / "options.yaml").write_text(options.to_yaml())
-    again = Parser("", TASK_GROUPS).parse(["--config", str(tmp_path / "options.yaml")])
-    assert launch.find_ranks(again) is None
-    assert again.step_size == options.step_size == 62
-
-
 def join(*words: str) -> str:
     """What a process says that does not meet the others."""
-    options = Parser("", TASK_GROUPS).parse(["--dist_backend", "gloo", "--dist_timeout", "1", *words])
+    given = options("--dist_backend", "gloo", "--dist_timeout", "1", *words)
     with pytest.raises(UserError) as refused:
-        launch._join(launch.find_ranks(options), 0, options)
+        launch._join(launch.find_ranks(given), 0, given)
     return str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("rank", "message"), [("0", "not all nodes came to {url} within 1 s"), ("1", "nobody answered at {url}")]
+    ("rank", "message"), [("0", "not all nodes came to {url} within 1 s"), ("1", "could not connect to {url}")]
 )
 def test_a_node_that_never_comes(rank, message):
     url = f"tcp://127.0.0.1:{free_port()}"
@@ -318,33 +319,49 @@ def test_a_host_name_that_nobody_knows(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("error: --dist_url: cannot resolve the host name nowhere.invalid (")
 
 
+def test_what_listens_and_does_not_answer_is_waited_for_a_while(tmp_path):
+    """As the other node of a port in use does; PyTorch waits without an end."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        url = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
+        words = ["--world_size", "2", "--rank", "1", *GLOO, "--dist_timeout", "2", "--dist_url", url]
+        status, _, err = run(*words, "--output_dir", tmp_path)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert re.match(rf"error: rank 1: (what listens at {url} did not answer|could not connect|not all nodes came)", err)
+
+
 @pytest.mark.slow
-def test_nodes_that_differ_are_refused(tmp_path):
-    words = (*NETWORK, "--world_size", "2", *GLOO, "--dist_url", f"tcp://127.0.0.1:{free_port()}", "--output_dir", tmp_path)
-    nodes = [Started(*words, "--rank", str(rank), "--batch_size", str(7 + rank)) for rank in range(2)]
-    for rank, node in enumerate(nodes):
-        message = f"error: rank {rank}: --batch_size is 7 on node 0 and 8 on node 1; all nodes need the same\n"
-        assert node.end() == (1, "", message)
+def test_the_options_of_rank_0_count_on_all_nodes(single, tmp_path):
+    where = ("--world_size", "2", *GLOO, "--dist_url", f"tcp://127.0.0.1:{free_port()}", "--output_dir", tmp_path)
+    first = Started(*NETWORK, "--epochs", "2", "--batch_size", "31", *where, "--rank", "0", OMP_NUM_THREADS="1")
+    second = Started(*where, "--rank", "1", OMP_NUM_THREADS="1")  # all else comes from the first
+    assert (second.end(), first.end()[0]) == ((0, "", ""), 0)
+    assert_same_training(single, tmp_path)
 
 
-def test_nodes_with_another_program_are_refused(monkeypatch):
-    options = Parser("", TASK_GROUPS).parse(["--batch_size", "7"])
+def test_nodes_with_another_program_are_refused(monkeypatch, capsys):
     software = launch._software()
 
-    def agree(**on_node_0):
-        monkeypatch.setattr(launch.distributed, "broadcast_object", lambda _: (options.values | on_node_0, (), dict(software)))
-        launch._agree(launch.Ranks("tcp://host:29", 1, 2, 1), options, ())
-
     def gather(found, own):
-        found[:] = [("node 0", []), own]
+        found[:] = [f"{software} on node 0", own]
 
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(launch, "_join", lambda *_: None)
     monkeypatch.setattr(launch.dist, "all_gather_object", gather)
-    agree()
-    with pytest.raises(UserError, match=r"^--batch_size is 9 on node 0 and 7 on node 1; all nodes need the same$"):
-        agree(batch_size=9)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: b"changed")
-    with pytest.raises(UserError, match=r"^this program \(digest of its sources\) is \w+ on node 0 and \w+ on node 1"):
-        agree()
+    monkeypatch.setattr(launch.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(launch.os, "_exit", leave)
+    monkeypatch.setattr(launch.distributed, "broadcast_object", lambda value: (*value[:2], software))
+    ranks = launch.Ranks("tcp://host:29", 1, 2, 1)
+    with pytest.raises(SystemExit, match="7"):
+        launch._work(0, lambda *_: 7, ranks, None, (), "")
+    monkeypatch.setattr(launch, "commit", lambda: "another")
+    with pytest.raises(SystemExit, match="1"):
+        launch._work(0, lambda *_: 7, ranks, None, (), "")
+    expected = f"error: rank 1: {software} on node 0, commit another and PyTorch {torch.__version__} on node 1; all nodes need"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for NCCL")

@@ -24,11 +24,9 @@ from torch.nn.functional import cross_entropy
 import data
 import memorizing_associations_task as task
 import models
-from benchmarks import training_step
 from utils import checkpoints, distributed, progress, run
 from utils.metrics import EpochMetrics, read_metrics
-from utils.options import TASK_GROUPS, Parser
-from utils.run import find_folder
+from utils.options import Parser
 
 # Small, and alive: the reading values of this seed fire, so that there are gradients.
 TINY = """--sequence_length 2 --num_classes 3 --num_time_steps 50 --embedding_size 20 --memory_size 20 --batch_size 128 --seed 4
@@ -45,8 +43,13 @@ def short_epochs():
         yield
 
 
-def parse(*words):
-    return Parser("", TASK_GROUPS).parse([*TINY, *map(str, words)])
+SIZES = {"sequence_length": 2, "num_classes": 3, "feature_size": 10, "dataset_seed": 42}
+
+
+def options(*words) -> dict:
+    parser = Parser("")
+    task.add_options(parser)
+    return vars(parser.complete(parser.given([*TINY, *map(str, words)])))
 
 
 def train(folder, *words, epochs=3):
@@ -70,20 +73,25 @@ def stub(monkeypatch):
     seen = Stub()
     seen.steps, seen.splits, evaluation_set = [], [], data.evaluation_set
 
-    def train_step(network, optimizer, batch, *, batch_size, l2, options, where):
+    def train_step(network, optimizer, batch, *, batch_size, l2, where, **others):
         epoch, lr = int(re.match(r"epoch (\d+)", where)[1]) - 1, optimizer.param_groups[0]["lr"]
         seen.steps.append({"epoch": epoch, "lr": lr, "l2": l2, "batch_size": batch_size, "batch": batch})
-        sums = {"loss": torch.tensor(float(len(batch) ** 2)), "accuracy": torch.tensor(len(batch) // 2)}
-        rates = {"read_value": torch.tensor(seen.rates * len(batch))}
-        return sums | {"regularization": torch.tensor(7.0 * len(batch))} | rates
+        sums = {"train_loss": torch.tensor(float(len(batch) ** 2)), "train_accuracy": torch.tensor(100 * (len(batch) // 2))}
+        rates = dict.fromkeys(models.POPULATIONS, torch.tensor(5.0 * len(batch)))
+        return (
+            sums
+            | {"rate_regularization": torch.tensor(7.0 * len(batch))}
+            | rates
+            | {"read_value": torch.tensor(seen.rates * len(batch))}
+        )
 
-    def evaluate(model, samples, options, device):
+    def evaluate(model, samples, batch_size, where):
         epoch = seen.steps[-1]["epoch"]
         return seen.validation[epoch] if seen.validation else (1.0, 50.0)
 
-    def recorded_set(split, **sizes):
+    def recorded_set(split, *sizes, **others):
         seen.splits.append(split)
-        return evaluation_set(split, **sizes)
+        return evaluation_set(split, *sizes, **others)
 
     monkeypatch.setattr(task, "train_step", train_step)
     monkeypatch.setattr(task, "evaluate", evaluate)
@@ -117,7 +125,8 @@ class ByHand:
             root = (second / (1 - 0.999**self.steps)).sqrt()
             weight.data -= learning_rate * (first / (1 - 0.9**self.steps)) / (root + 1e-8)
         correct = (output.logits.argmax(1) == batch.answer).sum()
-        sums = {"loss": terms.sum(), "accuracy": correct, "regularization": regularization * len(batch)}
+        sums = {"train_loss": terms.sum(), "train_accuracy": 100 * correct}
+        sums |= {"rate_regularization": regularization * len(batch)}
         return sums | {name: len(batch) * rates.mean() for name, rates in output.rates.items()}
 
     def assert_same_weights(self, weights, tolerance: float) -> None:
@@ -127,14 +136,14 @@ class ByHand:
 
 
 def test_two_training_steps_are_those_of_the_equations():
-    options = parse("--num_time_steps", 30, "--max_grad_norm", 0.05, "--target_rate", 3)
     torch.manual_seed(4)
-    model = models.build_model(options.values, "reference").double()
+    model = models.build_model(options("--num_time_steps", 30), "reference").double()
     optimizer, by_hand = torch.optim.Adam(model.parameters(), lr=0.01), ByHand(model, 0.05, target_rate=3)
     for epoch, l2 in enumerate((0.0, 1e-4)):
-        batch = data.training_samples(9 * epoch, 9 * epoch + 9, epoch, **data.sizes(options))
+        batch = data.training_samples(9 * epoch, 9 * epoch + 9, epoch, **SIZES)
         batch = data.Samples(batch.features.double(), batch.labels, batch.query.double(), batch.answer)
-        sums = task.train_step(model, optimizer, batch, batch_size=9, l2=l2, options=options, where="here")
+        strengths = {"l2": l2, "target_rate": 3.0, "max_grad_norm": 0.05}
+        sums = task.train_step(model, optimizer, batch, batch_size=9, where="here", **strengths)
         for name, expected in by_hand.step(batch, 0.01, l2).items():
             assert sums[name].item() == pytest.approx(expected.item()), name
     by_hand.assert_same_weights(model.parameters(), 1e-6)  # clipping adds 1e-6 to the norm
@@ -145,15 +154,16 @@ def test_two_epochs_of_the_script_are_two_steps_of_the_equations(tmp_path):
     words = "--num_time_steps 30 --max_grad_norm 0.05 --batch_size 300 --backend reference --learning_rate 0.02 --l2 0.01"
     words = [*words.split(), *"--learning_rate_decay 0.5 --l2_decay 0.25 --decay_learning_rate_every 1".split()]
     assert train(tmp_path, *words, epochs=2) == 0
-    options = parse(*words)
     torch.manual_seed(4)
-    by_hand = ByHand(models.build_model(options.values, "reference"), 0.05)
+    by_hand = ByHand(models.build_model(options(*words), "reference"), 0.05)
     for epoch, learning_rate, l2 in ((0, 0.02, 0.0), (1, 0.01, 0.0025)):
-        by_hand.step(data.training_samples(0, SAMPLES, epoch, **data.sizes(options)), learning_rate, l2)
+        by_hand.step(data.training_samples(0, SAMPLES, epoch, **SIZES), learning_rate, l2)
     by_hand.assert_same_weights(checkpoints.load(tmp_path / checkpoints.LAST)["state_dict"].values(), 1e-5)
 
 
 def test_a_step_of_the_benchmark_is_that_of_the_second_epoch():
+    from benchmarks import training_step
+
     case = {"network": training_step.NEW, "length": 2, "memory_size": 20, "batch": 8}
     changes = {"num_time_steps": 30, "max_grad_norm": 0.05, "learning_rate": 0.01}
     training = training_step.Training(case, "reference", "cpu", torch.float64, **changes)
@@ -209,7 +219,7 @@ def test_the_best_network_is_the_most_accurate_on_validation_data_alone(stub, tm
     stub.validation = [(2.0, 50.0), (0.1, 40.0), (3.0, 60.0), (0.5, 60.0)]  # loss and accuracy disagree
     assert train(tmp_path, epochs=4) == 0
     best, last = (checkpoints.load(tmp_path / name) for name in (checkpoints.BEST, checkpoints.LAST))
-    assert (best["epoch"], best["best_acc"].item(), last["best_acc"].item()) == (3, 60, 60)
+    assert (best["epoch"], best["best_acc"], last["best_acc"]) == (3, 60, 60)
     assert set(stub.splits) == {"validation"}
 
 
@@ -219,15 +229,14 @@ def test_a_set_that_the_batch_does_not_divide_is_evaluated_whole():
     def model(features, labels, query, record=False):
         return models.Output(features[:, 0, :3], {}, {"memory": features})
 
-    loss, accuracy = task.evaluate(model, samples, parse("--batch_size", 8), torch.device("cpu"))
+    loss, accuracy = task.evaluate(model, samples, 8, torch.device("cpu"))
     logits = samples.features[:, 0, :3]
     assert loss == pytest.approx(cross_entropy(logits, samples.answer).item())
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == samples.answer).double().mean().item())
 
 
 def test_initial_weights_have_their_published_ranges(stub, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TRAINING_SAMPLES", 0)
-    monkeypatch.setattr(task, "train_epoch", lambda *_: exit())
+    monkeypatch.setattr(task, "train_step", lambda *_, **__: exit())
     with contextlib.suppress(SystemExit):
         train(tmp_path, "--embedding_size", 80, "--memory_size", 100)
     for name, weight in checkpoints.load(tmp_path / checkpoints.LAST)["state_dict"].items():
@@ -254,7 +263,7 @@ def test_a_run_folder_holds_options_checkpoints_and_metrics(undisturbed):
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert all(line[name] > 0 for line in lines for name in (*models.POPULATIONS, "seconds"))
     best = checkpoints.load(undisturbed / checkpoints.BEST)
-    assert best["best_acc"].item() == max(line["validation_accuracy"] for line in lines)
+    assert best["best_acc"] == max(line["validation_accuracy"] for line in lines)
     assert {path.name for path in undisturbed.iterdir()} == {
         *(checkpoints.LAST, checkpoints.BEST, "metrics.jsonl", "options.yaml", ".lock")
     }
@@ -290,9 +299,8 @@ def test_a_run_of_an_earlier_release_continues(tmp_path, capsys):
 def test_an_earlier_run_with_an_option_that_is_gone_is_refused(tmp_path, capsys):
     content = torch.load(RUN_OF_V03 / checkpoints.LAST)
     content["params"]["mixed_lengths"] = 2
-    del content["digest"]
     checkpoints.save(tmp_path / "run.pth.tar", content)
-    expected = f"error: {tmp_path / 'run.pth.tar'}: params: mixed_lengths 2: removed after v0.3; see CHANGELOG.md"
+    expected = f"error: {tmp_path / 'run.pth.tar'}: params: --mixed_lengths: removed after v0.3; see CHANGELOG.md"
     assert refuse(capsys, "--resume", tmp_path / "run.pth.tar", "--evaluate") == expected
 
 
@@ -327,16 +335,16 @@ def test_curriculum_and_fixed_data_resume_exactly(tmp_path):
 def test_sums_of_an_epoch_resumed_on_two_processes_count_the_part_before_once(monkeypatch):
     """As if each of two processes took half of every later batch."""
     whole = EpochMetrics(torch.device("cpu"), {})
-    whole.add(4, {"loss": torch.tensor(8.0), "accuracy": torch.tensor(4)})
+    whole.add(4, {"train_loss": torch.tensor(8.0), "train_accuracy": torch.tensor(4)})
     running = whole.totals()
-    whole.add(6, {"loss": torch.tensor(3.0), "accuracy": torch.tensor(6)})
+    whole.add(6, {"train_loss": torch.tensor(3.0), "train_accuracy": torch.tensor(6)})
     expected = whole.means() | {"seconds": 0}
-    assert expected["loss"] == 1.1
+    assert expected["train_loss"] == 1.1
     processes = []
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         processes.append(EpochMetrics(torch.device("cpu"), running))
-        processes[-1].add(3, {"loss": torch.tensor(1.5), "accuracy": torch.tensor(3)})
+        processes[-1].add(3, {"train_loss": torch.tensor(1.5), "train_accuracy": torch.tensor(3)})
     monkeypatch.setattr(
         distributed, "all_reduce", lambda _: sum(torch.stack(list(process._sums.values())) for process in processes)
     )
@@ -396,7 +404,7 @@ def test_of_a_run_the_best_network_is_evaluated(undisturbed, capsys):
 
 
 def test_a_table_beside_each_checkpoint_or_where_it_is_asked_for(undisturbed, tmp_path, capsys):
-    words = ["--resume", undisturbed / checkpoints.BEST, "--sequence_length", "1-2", 3]
+    words = ["--resume", undisturbed / checkpoints.BEST, "--sequence_length", "1-2,3"]
     evaluate(capsys, *words)
     table = (undisturbed / "model_best.accuracy_by_length.csv").read_text()
     header, *rows = table.splitlines()
@@ -460,7 +468,7 @@ def test_a_backend_of_the_checkpoint_that_is_not_here_gives_way(tmp_path, stub, 
     checkpoint = checkpoints.load(path)
     checkpoints.save(path, checkpoint | {"params": checkpoint["params"] | {"backend": "triton", "device": "cuda"}})
     assert train(tmp_path, "--resume", "auto") == 0
-    assert "the checkpoint's run used another backend: backend triton" in capsys.readouterr().out
+    assert "the checkpoint's run used another backend, triton: " in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "options.yaml").read_text())["backend"] == "cpp"
 
 
@@ -479,9 +487,11 @@ def test_the_record_says_what_changed_and_when(tmp_path, stub, capsys):
 
 
 def test_the_commit_is_marked_where_files_differ_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "__file__", str(tmp_path / "program.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    """A copy without its repository is unknown, also inside another repository or where GIT_DIR names one."""
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "utils" / "program.py"))
+    monkeypatch.setenv("GIT_DIR", str(Path(task.__file__).with_name(".git")))
     assert run.commit() == "unknown"
+    monkeypatch.delenv("GIT_DIR")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
     (tmp_path / "program.py").write_text("1")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"]):
@@ -495,7 +505,7 @@ def test_the_commit_is_marked_where_files_differ_from_it(tmp_path, monkeypatch):
 def test_a_finished_run_says_so_and_keeps_its_record(undisturbed, capsys):
     before = {path: path.read_bytes() for path in undisturbed.iterdir()}
     assert train(undisturbed, "--resume", "auto", epochs=2) == 0
-    assert "3 epochs are done, and --epochs is 2; a larger one trains on" in capsys.readouterr().out
+    assert "already trained for 3 epochs; increase --epochs to continue" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in undisturbed.iterdir()} == before
 
 
@@ -513,7 +523,7 @@ def test_differing_model_options_can_be_forced(undisturbed, capsys):
 
 
 def test_a_branch_has_a_checkpoint_from_the_first_moment(undisturbed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(task, "train_epoch", lambda *_: exit())
+    monkeypatch.setattr(task, "train_step", lambda *_, **__: exit())
     with contextlib.suppress(SystemExit):
         train(tmp_path / "new", "--resume", undisturbed, epochs=4)
     assert_same_run(tmp_path / "new", undisturbed)
@@ -528,24 +538,23 @@ def test_the_last_line_names_no_file_that_is_not_there(undisturbed, tmp_path, st
 
 def test_resume_auto_says_when_it_begins_anew_and_refuses_over_a_record(undisturbed, tmp_path, stub, capsys):
     assert train(tmp_path / "new", "--resume", "auto", epochs=1) == 0
-    assert f"no checkpoint in {tmp_path / 'new'}, a new run begins" in capsys.readouterr().out
+    assert f"no checkpoint in {tmp_path / 'new'}, a new run begins" in capsys.readouterr().err
     for name in (checkpoints.LAST, checkpoints.BEST):
         (tmp_path / "new" / name).unlink()
-    for resume in ([], ["--resume", "auto"]):
-        line = refuse(capsys, *TINY, "--output_dir", tmp_path / "new", *resume)
-        assert "holds options.yaml and metrics.jsonl of a run, but no checkpoint" in line
+    assert "holds a run already" in refuse(capsys, *TINY, "--output_dir", tmp_path / "new")
+    line = refuse(capsys, *TINY, "--output_dir", tmp_path / "new", "--resume", "auto")
+    assert "holds options.yaml and metrics.jsonl of a run, but no checkpoint" in line
 
 
-def test_runs_of_the_same_second_have_a_folder_each_and_refused_ones_none(tmp_path, stub, capsys, monkeypatch):
+def test_runs_of_the_same_second_have_a_folder_each(tmp_path, stub, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoints, "time_stamp", lambda: "now")
+    monkeypatch.setattr(run.time, "strftime", lambda *_: "now")
     for _ in range(2):
         assert task.main([*TINY, "--epochs", "1"]) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"now", "now-2"}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "pip install tensorboard" in refuse(capsys, *TINY, "--logging")
     assert "no such device" in refuse(capsys, *TINY, "--device", "gpu")
-    with find_folder(parse(), None, leads=False):  # of a process that writes nothing
-        assert {path.name for path in (tmp_path / "runs").iterdir()} == {"now", "now-2"}
 
 
 def test_tensorboard_is_cut_back_with_the_run(tmp_path, stub):

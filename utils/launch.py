@@ -124,21 +124,11 @@ def _variable(name: str, pattern: str = r"\d+") -> str:
     return text
 
 
-def run(job: Callable[..., int], ranks: Ranks | None, args: argparse.Namespace, *others, remedy: str = "") -> int:
-    """Run `job(args, *others)` in every process, with a process group around it, with what rank 0 has for `args` and `others`.
-
-    Args:
-        remedy: said when a process died.
-
-    Returns:
-        The exit status, after a line on stderr where a process failed.
-
-    Raises:
-        UserError: this node cannot take part.
-    """
+def check(ranks: Ranks | None, args: argparse.Namespace) -> None:
+    """Raises UserError where this node cannot take part."""
     if ranks is None:
-        return job(args, *others)
-    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+        return
+    gpus = _gpus(args)
     if args.dist_backend == "nccl" and not (gpus and dist.is_nccl_available()):
         raise UserError("--dist_backend nccl: no GPU for it here; on CPUs: --dist_backend gloo --processes_per_node N")
     if args.dist_backend == "mpi" and not dist.is_mpi_available():
@@ -150,12 +140,29 @@ def run(job: Callable[..., int], ranks: Ranks | None, args: argparse.Namespace, 
     except (OSError, UnicodeError) as failure:
         own = "use a name that all nodes know, or the address of the node of --rank 0"
         raise UserError(f"--dist_url: cannot resolve the host name {urlsplit(ranks.url).hostname} ({failure}); {own}") from None
+
+
+def _gpus(args: argparse.Namespace) -> int:
+    return torch.cuda.device_count() if args.device != "cpu" else 0
+
+
+def run(job: Callable[..., int], ranks: Ranks | None, args: argparse.Namespace, *others, remedy: str = "") -> int:
+    """Run `job(args, *others)` in every process, with a process group around it, with what rank 0 has for `args` and `others`.
+
+    Args:
+        remedy: said when a process died.
+
+    Returns:
+        The exit status, after a line on stderr where a process failed.
+    """
+    if ranks is None:
+        return job(args, *others)
     if ranks.local_rank is not None:
         _work(ranks.local_rank, job, ranks, args, others, remedy)
     for kernel in backends.KERNELS:
         if args.backend in ("auto", kernel):
             with suppress(BackendError):  # which each process raises, too
-                backends.load(kernel, "cuda" if gpus else "cpu")  # compiled once, before there are processes
+                backends.load(kernel, "cuda" if _gpus(args) else "cpu")  # compiled once, before there are processes
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # PyTorch logs a lost connection with a stack of C++ calls
     with Interruption() as interruption:
         children, passed_on = mp.spawn(_work, (job, ranks, args, others, remedy), ranks.processes, join=False), False
