@@ -5,11 +5,11 @@ python plot_memorizing_associations_task.py --checkpoint_path runs/quickstart/mo
 python plot_memorizing_associations_task.py --metrics runs/*/metrics.jsonl --output training.pdf
 """
 
+import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's names a module that need not be installed here; no window is needed
 
@@ -18,172 +18,146 @@ import torch
 
 import data
 import models
-from utils import checkpoints, figures, results
+from memorizing_associations_task import add_model_options, check_together, options_of_run
+from utils import checkpoints, results
 from utils.errors import UsageError, UserError, in_one_line
-from utils.options import CURRICULUM, DATA, MODEL, RUN, SEQUENCE_LENGTH, TRAINING, Option, Options, Parser
+from utils.figures import activity, animation, curves, files
+from utils.options import REMOVED, SWITCH, Parser, number, optional, path
 
 # Figure -> the option that names what it is drawn from. The animation takes its time: it is drawn when asked for by name.
-SOURCE = {
-    "overview": "checkpoint_path",
-    "memory": "checkpoint_path",
-    "membranes": "checkpoint_path",
-    "animation": "checkpoint_path",
-    "training": "metrics",
-    "lengths": "csv",
-}
+SOURCE = dict.fromkeys(("overview", "memory", "membranes", "animation"), "checkpoint_path")
+SOURCE |= {"training": "metrics", "lengths": "csv"}
 
-METRICS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+# Columns that training curves need, and options that tell no runs apart in a legend: how long, where, and which repetition.
+METRICS = "epoch learning_rate train_loss train_accuracy validation_loss validation_accuracy".split()
+UNNAMED = "seed dataset_seed epochs start_epoch workers prefetch_factor device backend print_freq logging".split()
 
 
-def several(value: Any) -> tuple[str, ...]:
-    """One path or several."""
-    return tuple(os.path.expanduser(path) for path in ([value] if isinstance(value, str) else value))
+def add_options(parser: Parser) -> list[str]:
+    """All options of this script. Returns the names of those that the checkpoint has, too."""
+    model = add_model_options(parser)
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--checkpoint_path", type=path, default="", help="network to draw; its model options and dataset_seed are the defaults")
+    add("--check_params", type=int, choices=(0, 1), default=1, help="0: accept model options that differ from the checkpoint's")
+    add("--dataset_seed", type=number(int, 0), default=42, help="seed of the test samples")
+    add("--example", type=number(int, 0, data.EVALUATION_SAMPLES["test"] - 1), default=0, help="sample of the test set to draw")
+    add("--seed", type=optional(number(int, 0)), help="choose the sample at random with this seed (--example wins)")
+    add("--neurons", type=number(int, 0), nargs=2, metavar=("FIRST", "LAST"), help="draw these neurons only")
+    add("--time_range", type=number(float, 0), nargs=2, metavar=("START", "END"), help="draw this time only, ms")
+    add("--metrics", type=path, nargs="+", default=(), metavar="PATH", help="training curves of these files or folders of runs")
+    add("--csv", type=path, nargs="+", default=(), metavar="PATH", help="accuracy against length: tables or folders of runs")
+    add("--figure", choices=("all", *SOURCE), default="all", help="which one; all: all but the animation")
 
-
-def two(kind: type, wanted: str) -> Callable[[Any], tuple]:
-    """A converter of two numbers."""
-
-    def convert(value: Any) -> tuple:
-        try:
-            first, last = map(kind, value)
-        except (TypeError, ValueError):
-            raise ValueError(f"must be {wanted}") from None
-        return first, last
-
-    return convert
-
-
-neuron_range = two(int, "two neurons, the first and the last: 0 19")
-time_range = two(float, "two times in ms, the start and the end: 0 500")
-SHARED = {option.name: option for option in (*DATA, *RUN)}
-
-GROUPS = {
-    "network (default: as in the checkpoint)": MODEL,
-    "what to draw": (
-        Option("checkpoint_path", "", str, "checkpoint of the network to draw (published ones, too), or run folder"),
-        SHARED["check_params"],
-        SHARED["dataset_seed"],
-        Option("example", 0, int, "sample of the published test set to draw", low=0, high=data.EVALUATION_SAMPLES["test"] - 1),
-        Option("seed", None, int, "choose the sample at random with this seed (--example wins)", low=0, optional=True),
-        Option("neurons", None, neuron_range, "draw these neurons only, FIRST LAST", low=0, optional=True, words="N"),
-        Option("time_range", None, time_range, "draw this time only, START END in ms", low=0, optional=True, words="MS"),
-        Option("metrics", (), several, "training curves of these metrics files or folders of runs", words="PATH"),
-        Option("csv", (), several, "accuracy against length, of these tables or folders of runs", words="PATH"),
-        Option("figure", "all", str, "which one; all: all but the animation", choices=("all", *SOURCE)),
-    ),
-    "where to": (
-        Option("output", "", str, "folder, or file for one figure; empty: beside the input, under its name"),
-        Option("format", "png", str, "format of the figures in a folder", choices=tuple(figures.FORMATS)),
-        Option("show", False, bool, "show the figures in windows, too"),
-        Option("save_data", "", str, "NumPy file (.npz) for all numbers that the figures are drawn from"),
-    ),
-}  # fmt: skip
+    add = parser.add_argument_group("where to").add_argument
+    add("--output", type=path, default="", help="folder, or file for one figure; empty: beside the input, under its name")
+    add("--format", choices=tuple(files.FORMATS), default="png", help="format of the figures in a folder")
+    add("--show", **SWITCH, help="show the figures in windows, too")
+    add("--save_data", type=path, default="", help="NumPy file (.npz) for all numbers that the figures are drawn from")
+    return [*model, "dataset_seed"]
 
 
 @in_one_line
 def main(argv=None) -> None:
     """Everything that happens, in order. What is wrong with the input is reported before anything is computed."""
-    options = Parser(__doc__.splitlines()[0], GROUPS).parse(argv)
-    if options["checkpoint_path"] and (best := Path(options["checkpoint_path"], checkpoints.BEST)).exists():  # a run's folder
-        options.values["checkpoint_path"] = str(best)
-    available = [name for name, option in SOURCE.items() if options[option]]
-    if not available:
+    parser = Parser(__doc__.splitlines()[0])
+    recorded = add_options(parser)
+    given = parser.given(argv)
+    args = parser.complete(given)
+    possible = [name for name, source in SOURCE.items() if any(getattr(args, source))]
+    if not possible:
         raise UsageError("nothing to draw: give --checkpoint_path, --metrics or --csv")
-    chosen = [name for name in available if name != "animation"] if options["figure"] == "all" else [options["figure"]]
-    if chosen[0] not in available:
-        raise UsageError(f"--figure {chosen[0]} needs --{SOURCE[chosen[0]]}")
-    sources = {name: several(options[SOURCE[name]]) for name in chosen}
-    files = figures.choose_files(sources, options["output"], options["format"])
-    data_file = Path(options["save_data"])
+    if args.figure not in ("all", *possible):
+        raise UsageError(f"--figure {args.figure} needs --{SOURCE[args.figure]}")
+    chosen = [name for name in possible if name != "animation"] if args.figure == "all" else [args.figure]
+    source = Path(args.checkpoint_path)
+    source = source / checkpoints.BEST if source.is_dir() else source
+    paths = {"checkpoint_path": [source], "metrics": args.metrics, "csv": args.csv}
+    targets = {name: files.choose_file(name, args.output, args.format, paths[SOURCE[name]]) for name in chosen}
+    if len(set(targets.values())) < len(targets):
+        raise UsageError(f"--output {args.output}: a file holds one figure; choose with --figure {', '.join(chosen)}")
 
-    training = read_curves(options["metrics"], lambda run: run.metrics, METRICS)
-    lengths = read_curves(options["csv"], lambda run: run.tests, ("sequence_length", "accuracy"))
-    numbers = {}
+    if args.checkpoint_path:
+        checkpoint = checkpoints.load(source)
+        as_evaluated = argparse.Namespace(**vars(args), evaluate=True)
+        of_checkpoint = options_of_run(parser, recorded, given, as_evaluated, source, checkpoint["params"])
+        at_random = {"example": int(np.random.default_rng(args.seed).integers(data.EVALUATION_SAMPLES["test"]))}
+        args = parser.complete(of_checkpoint, {} if args.seed is None else at_random, given)
+        check_sample(args)
+    training = read_curves(args.metrics, "metrics", METRICS)
+    lengths = read_curves(args.csv, "tests", ["sequence_length", "accuracy"])
+    for file in (*targets.values(), *([Path(args.save_data)] if args.save_data else [])):
+        files.check_writable(file)
+
+    drawn, numbers = {}, {}
+    if args.checkpoint_path:
+        model, output, trial = record(args, source, checkpoint["state_dict"])
+        numbers |= {n: v for n, v in trial._asdict().items() if not isinstance(v, dict)} | {"readout": trial.readout}
+        print(f"checkpoint        {source}" + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
+        if checkpoint["epoch"]:
+            print(f"best accuracy     {checkpoint['best_acc']:.3f} % (validation)")
+        print(f"sample            {args.example} of the test set, {len(trial.labels)} pairs")
+        print(f"answer            {trial.answer}, predicted {trial.logits.argmax()}")
+        print("mean rate in this sample, Hz")
+        for name in models.POPULATIONS:
+            print(f"  {name:<16s}{output.rates[name].mean():9.3f}")
+            numbers |= {f"{name}/spikes": trial.spikes[name], f"{name}/membrane": trial.membranes[name]}
+            numbers[f"{name}/rates"] = output.rates[name][0].numpy()
+        zoom = activity.Zoom(args.neurons, args.time_range)
+        for name, draw in {"overview": activity.overview, "memory": activity.memory, "membranes": activity.membranes}.items():
+            if name in targets:
+                drawn[name] = draw(trial, zoom)
+        if "animation" in targets:
+            drawn["animation"] = animation.animate(trial, memory_in_time(model, output.activity, trial), zoom)
+    if "training" in targets:
+        drawn["training"] = curves.training_curves(training, data.TRAINING_SAMPLES)
+    if "lengths" in targets:
+        drawn["lengths"] = curves.accuracy_by_length(lengths)
     for n, run in enumerate((*training, *lengths), start=1):
         numbers |= {f"run {n}: {run.label}/{name}": column for name, column in run.columns.items()}
-    if options["checkpoint_path"]:
-        checkpoint = checkpoints.load(options["checkpoint_path"], {name: options[name] for name in options.given})
-        adopt_checkpoint(options, checkpoint)
-        zoom = choose_zoom(options)
-    for path in (*files, *([data_file] if options["save_data"] else [])):
-        figures.check_writable(path)
 
-    if options["checkpoint_path"]:
-        model, output, trial = record(options, checkpoint["state_dict"])
-        print_table(options, checkpoint, trial, output.rates)
-        numbers |= numbers_of(trial, output.rates)
-    draw = {
-        "overview": lambda: figures.overview(trial, zoom),
-        "memory": lambda: figures.memory(trial, zoom),
-        "membranes": lambda: figures.membranes(trial, zoom),
-        "animation": lambda: figures.animate(trial, memory_in_time(model, output.activity, trial), zoom),
-        "training": lambda: figures.training_curves(training, data.TRAINING_SAMPLES),
-        "lengths": lambda: figures.accuracy_by_length(lengths),
-    }
-    drawn = {name: draw[name]() for name in chosen}
-    for path, name in files.items():
-        figures.save(drawn[name], path)
-        print(f"written           {path}")
-    if options["save_data"]:
-        checkpoints.write_atomically(data_file, lambda file: np.savez_compressed(file, **numbers))
-        print(f"written           {data_file}")
-    if options["show"]:
-        figures.show([drawing for name, drawing in drawn.items() if name != "animation"])
+    for name, file in targets.items():
+        files.save(drawn[name], file)
+        print(f"written           {file}")
+    if args.save_data:
+        checkpoints.write_atomically(Path(args.save_data), lambda file: np.savez_compressed(file, **numbers))
+        print(f"written           {args.save_data}")
+    if args.show:
+        files.show([drawing for name, drawing in drawn.items() if name != "animation"])
 
 
-# One sample
-
-
-def adopt_checkpoint(options: Options, checkpoint: Mapping[str, Any]) -> None:
-    """Take what is not given from the checkpoint; model options that are given must be the checkpoint's, but for the length."""
-    params = checkpoint["params"]
-    options.adopt(params, (*MODEL, SHARED["dataset_seed"]))
-    differing = options.differences(params, [option for option in MODEL if option is not SEQUENCE_LENGTH])
-    if differing and options["check_params"]:
-        raise UsageError(
-            f"{options['checkpoint_path']}: model options differ: {', '.join(differing)}; --check_params 0 overrides"
-        )
-    if len(options.all_lengths) > 1:
+def check_sample(args: argparse.Namespace) -> None:
+    """Raises UsageError where there is no such sample, or where no neuron of a population or no time would be left to draw."""
+    if isinstance(args.sequence_length, tuple):
         raise UsageError("--sequence_length: one length can be drawn at a time")
-    options.check_combination()
-    if options["seed"] is not None and "example" not in options.given:
-        options.values["example"] = int(np.random.default_rng(options["seed"]).integers(data.EVALUATION_SAMPLES["test"]))
-
-
-def choose_zoom(options: Options) -> figures.Zoom:
-    """The part to draw, which must hold a neuron of every population and some time."""
-    if options["neurons"]:
-        first, last = options["neurons"]
-        smallest = min(options["embedding_size"], options["memory_size"])
-        if not first <= last or first >= smallest:
-            raise UsageError(f"--neurons {first} {last}: must be FIRST LAST with FIRST <= LAST and FIRST < {smallest}")
-    if options["time_range"]:
-        start, end = options["time_range"]
-        duration = (options["sequence_length"] + 1) * options["num_time_steps"]
-        if not start < end or start >= duration:
-            raise UsageError(f"--time_range {start:g} {end:g}: must be START END in ms with START < END and START < {duration}")
-    return figures.Zoom(options["neurons"], options["time_range"])
+    check_together(argparse.Namespace(**vars(args), evaluate=True))
+    first, last = args.neurons or (0, 0)
+    smallest = min(args.embedding_size, args.memory_size)
+    if not first <= last or first >= smallest:
+        raise UsageError(f"--neurons {first} {last}: must be FIRST LAST with FIRST <= LAST and FIRST < {smallest}")
+    duration = (args.sequence_length + 1) * args.num_time_steps
+    start, end = args.time_range or (0, duration)
+    if not start < end or start >= duration:
+        raise UsageError(f"--time_range {start:g} {end:g}: must be START END in ms with START < END and START < {duration}")
 
 
 @torch.no_grad()
-def record(options: Options, state_dict: Mapping[str, torch.Tensor]):
-    """The network, what it does with one sample of the published test set, and both as arrays."""
-    model = models.build_model(options.values, "reference")  # the plain model alone records membranes
-    checkpoints.load_weights(model, state_dict, options["checkpoint_path"])
-    sizes = (options["sequence_length"], options["num_classes"], options["feature_size"], options["dataset_seed"])
-    sample = data.evaluation_set("test", *sizes)[options["example"] : options["example"] + 1]
+def record(args: argparse.Namespace, source: Path, state_dict: Mapping[str, torch.Tensor]):
+    """The network, what it does with one sample of the published test set, and both of them as arrays."""
+    model = models.build_model(vars(args), "reference")  # the plain model alone records membranes
+    checkpoints.load_weights(model, state_dict, source)
+    samples = data.evaluation_set("test", args.sequence_length, args.num_classes, args.feature_size, args.dataset_seed)
+    sample = samples[args.example : args.example + 1]
     output = model(sample.features, sample.labels, sample.query, record=True)
-    activity = output.activity
-    trial = figures.Trial(
+    trial = activity.Trial(
         features=sample.features[0].numpy(),
         labels=sample.labels[0].numpy(),
         query=sample.query[0].numpy(),
         answer=int(sample.answer[0]),
         logits=output.logits[0].numpy(),
         readout_weights=model.output_layer.weight.numpy(),
-        spikes={name: activity[name][0].bool().numpy() for name in models.POPULATIONS},
-        membranes={name: activity["membranes"][name][0].numpy() for name in models.POPULATIONS},
-        memories=activity["memories"][0].numpy(),
+        spikes={name: output.activity[name][0].bool().numpy() for name in models.POPULATIONS},
+        membranes={name: output.activity["membranes"][name][0].numpy() for name in models.POPULATIONS},
+        memories=output.activity["memories"][0].numpy(),
         threshold=model.dynamics.neuron.thr,
         num_time_steps=model.dynamics.num_time_steps,
         readout_steps=model.dynamics.readout_steps,
@@ -191,68 +165,35 @@ def record(options: Options, state_dict: Mapping[str, torch.Tensor]):
     return model, output, trial
 
 
-def memory_in_time(model, activity: Mapping[str, Any], trial: figures.Trial) -> np.ndarray:
+def memory_in_time(model, recorded: Mapping, trial: activity.Trial) -> np.ndarray:
     """The memory at the times of the animation's frames, frames x M x M: the network's rule on its recorded spikes."""
-    rule, keys, values = model.dynamics.rule, activity["write_key"], activity["write_value"]
-    memory, key_trace, value_trace = (torch.zeros_like(like) for like in (activity["memory"], keys[:, 0], values[:, 0]))
-    times, frames = figures.frame_times(trial.duration_ms), []
-    for step in range(trial.duration_ms + 1):
+    rule, keys, values = model.dynamics.rule, recorded["write_key"], recorded["write_value"]
+    memory, key_trace, value_trace = (torch.zeros_like(like) for like in (recorded["memory"], keys[:, 0], values[:, 0]))
+    times, memories = animation.frame_times(trial.duration_ms), [memory[0].numpy()]
+    for step, (key, value) in enumerate(zip(keys.unbind(1), values.unbind(1), strict=True), start=1):
+        key_trace, value_trace = rule.update_trace(key_trace, key), rule.update_trace(value_trace, value)
+        memory = rule.update(memory, value_trace, key_trace)
         if step in times:
-            frames.append(memory[0].numpy())
-        if step < trial.store_ms:
-            key_trace = rule.update_trace(key_trace, keys[:, step])
-            value_trace = rule.update_trace(value_trace, values[:, step])
-            memory = rule.update(memory, value_trace, key_trace)
-    return np.stack(frames)
+            memories.append(memory[0].numpy())
+    return np.stack(memories + [memory[0].numpy()] * (len(times) - len(memories)))  # it stays through recall
 
 
-def print_table(options: Options, checkpoint: Mapping[str, Any], trial: figures.Trial, rates: dict[str, torch.Tensor]) -> None:
-    """What the published plot script prints, and which sample it is."""
-    if checkpoint["epoch"]:
-        print(f"checkpoint        {options['checkpoint_path']}, after {checkpoint['epoch']} epochs")
-        print(f"best accuracy     {float(checkpoint['best_acc']):.3f} % (validation)")
-    else:
-        print(f"checkpoint        {options['checkpoint_path']}")
-    print(f"sample            {options['example']} of the test set, {len(trial.labels)} pairs")
-    print(f"answer            {trial.answer}, predicted {int(trial.logits.argmax())}")
-    print("mean rate in this sample, Hz")
-    for name in models.POPULATIONS:
-        print(f"  {name:<16s}{rates[name].mean():9.3f}")
-
-
-def numbers_of(trial: figures.Trial, rates: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """All numbers of a trial by name."""
-    numbers = {name: np.asarray(value) for name, value in trial._asdict().items() if not isinstance(value, dict)}
-    for name in models.POPULATIONS:
-        numbers[f"{name}/spikes"], numbers[f"{name}/membrane"] = trial.spikes[name], trial.membranes[name]
-        numbers[f"{name}/rates"] = rates[name][0].numpy()
-    return numbers | {"readout": trial.readout}
-
-
-# Training and evaluation
-
-
-def read_curves(places: tuple[str, ...], read: Callable, needed: tuple[str, ...]) -> list[figures.Curves]:
-    """The numbers of runs, labelled by the options in which the runs differ (but for the seed).
-
-    Args:
-        places: files, or folders of runs.
-        read: which table of a run to take.
-    """
-    runs = [run for place in places for run in results.read_results(Path(place)) if read(run)]
-    if places and not runs:
-        raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
-    named = [o.name for o in (*MODEL, *TRAINING, *CURRICULUM) if o.name not in ("seed", "epochs", "start_epoch")]
-    differing = [name for name in named if len({str(run.options.get(name)) for run in runs}) > 1] or ["sequence_length"]
-    curves = []
+def read_curves(places: Sequence[str], table: str, needed: Sequence[str]) -> list[curves.Curves]:
+    """The numbers of the `metrics` or `tests` of runs in these files and folders, labelled by the options that differ."""
+    runs = [run for place in filter(None, places) for run in results.read_results(Path(place)) if getattr(run, table)]
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.options) if name not in (*UNNAMED, *REMOVED)]
+    differing = [name for name in names if len({str(run.options.get(name)) for run in runs}) > 1] or ["sequence_length"]
+    found = []
     for run in runs:
-        columns = results.columns(read(run))
+        columns = results.columns(getattr(run, table))
         if missing := [name for name in needed if name not in columns]:
             raise UserError(f"{' '.join(places)}: no numbers for {', '.join(missing)}")
         label = ", ".join(f"{name} {run.options.get(name)}" for name in differing) if run.options else run.name
-        constants = {n: columns[n][0] if n in columns else run.options.get(n) for n in ("num_classes", "trained_length")}
-        curves.append(figures.Curves(label, columns, **{n: v and int(v) for n, v in constants.items()}))
-    return curves
+        constants = [columns[n][0] if n in columns else run.options.get(n) for n in ("num_classes", "trained_length")]
+        found.append(curves.Curves(label, columns, *(value and int(value) for value in constants)))
+    if any(places) and not found:
+        raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
+    return found
 
 
 if __name__ == "__main__":

@@ -18,20 +18,21 @@ from golden import PUBLISHED
 from matplotlib.text import Text
 from PIL import Image
 
+import memorizing_associations_task as task
 import models
 import plot_memorizing_associations_task as plot
-from utils import figures, results
-from utils.figures import activity, animation
+from utils import results
+from utils.figures import activity, animation, curves, files
 
 STORED = {store for _, store, _ in activity.ROWS}
 
 
-def make_trial(pairs=3, classes=10, neurons=20, steps=40, rate=0.1, seed=0) -> figures.Trial:
+def make_trial(pairs=3, classes=10, neurons=20, steps=40, rate=0.1, seed=0) -> activity.Trial:
     """A trial of arbitrary numbers, of any size."""
     rng = np.random.default_rng(seed)
     duration = {name: steps * (pairs if name in STORED else 1) for name in models.POPULATIONS}
     features, labels, asked = rng.random((pairs, 10)), rng.permutation(classes)[:pairs], int(rng.integers(pairs))
-    return figures.Trial(
+    return activity.Trial(
         features=features,
         labels=labels,
         query=features[asked],
@@ -57,23 +58,20 @@ def drawn(figure) -> dict:
     return {artist.get_gid(): artist for artist in figure.findobj() if artist.get_gid()}
 
 
-def phase_start(trial, name) -> int:
-    return 0 if name in STORED else trial.store_ms
-
-
-# --- What is drawn ------------------------------------------------------------------------------------------------------------
+# What is drawn
 
 
 def test_overview_shows_every_spike_once_rates_per_second_inputs_readout_and_logits():
     trial = make_trial(steps=43)  # the last bin of a rate is shorter
-    figure = figures.overview(trial)
+    figure = activity.overview(trial)
     artists = drawn(figure)
     for name, spikes in trial.spikes.items():
         time, neuron = artists[f"{name} spikes"].get_xydata().reshape(-1, 3, 2)[:, 0].T
-        assert np.array_equal(np.stack([time - phase_start(trial, name), np.ceil(neuron)], axis=1), np.argwhere(spikes)), name
+        start = 0 if name in STORED else trial.store_ms
+        assert np.array_equal(np.stack([time - start, np.ceil(neuron)], axis=1), np.argwhere(spikes)), name
         assert np.allclose(artists[f"{name} rates"].get_xdata(), spikes.sum(0) / (len(spikes) / 1000))
         values, edges, _ = artists[f"{name} population rate"].get_data()
-        assert (edges[0], edges[-1]) == (phase_start(trial, name), phase_start(trial, name) + len(spikes))
+        assert (edges[0], edges[-1]) == (start, start + len(spikes))
         assert np.isclose((values * np.diff(edges) / 1000).sum() * spikes.shape[1], spikes.sum())
     assert np.array_equal(artists["features"].get_array(), trial.features.T)
     assert np.array_equal(artists["query"].get_array(), trial.query[:, None])
@@ -84,24 +82,24 @@ def test_overview_shows_every_spike_once_rates_per_second_inputs_readout_and_log
 
 
 def test_memories_are_shown_on_one_scale_the_first_and_last_of_many_pairs_among_them(trial):
-    artists = drawn(figures.memory(trial))
+    artists = drawn(activity.memory(trial))
     assert np.array_equal(artists["memory"].get_array(), trial.memories[-1])
     for n, memory in enumerate(trial.memories):
         image = artists[f"memory after pair {n + 1}"]
         assert np.array_equal(image.get_array(), memory) and image.get_clim() == (0, trial.memories.max())
     counts, edges, _ = artists["weights"].get_data()
     assert np.array_equal(counts, np.histogram(trial.memories[-1], edges)[0]) and counts.sum() == trial.memories[-1].size
-    names = [name for name in drawn(figures.memory(make_trial(55, 55))) if name.startswith("memory after pair ")]
+    names = [name for name in drawn(activity.memory(make_trial(55, 55))) if name.startswith("memory after pair ")]
     assert len(names) == 10 and {"memory after pair 1", "memory after pair 55"} <= set(names)
 
 
 def test_membranes_are_shown_with_their_spikes_of_the_most_to_the_least_active_neuron(trial):
-    artists = drawn(figures.membranes(trial))
+    artists = drawn(activity.membranes(trial))
     lines = {gid: artist for gid, artist in artists.items() if " membrane of neuron " in gid}
     for gid, line in lines.items():
         name, neuron = gid.split()[0], int(gid.split()[-1])
         assert np.allclose(line.get_ydata(), trial.membranes[name][:, neuron] / trial.threshold)
-        ticks = artists[f"{name} spikes of neuron {neuron}"].get_xdata() - phase_start(trial, name)
+        ticks = artists[f"{name} spikes of neuron {neuron}"].get_xdata() - (0 if name in STORED else trial.store_ms)
         assert np.array_equal(ticks, np.flatnonzero(trial.spikes[name][:, neuron]))
     assert len(lines) == 3 * len(models.POPULATIONS)
     spikes = np.zeros((10, 6), bool)
@@ -109,19 +107,19 @@ def test_membranes_are_shown_with_their_spikes_of_the_most_to_the_least_active_n
         spikes[:count, neuron] = True
     few = trial._replace(spikes={"labels_encoded": spikes})
     for neurons, expected in ((None, [4, 5, 2]), ((0, 3), [1, 2, 0]), ((2, 3), [2, 3])):
-        zoom = figures.Zoom(neurons)
+        zoom = activity.Zoom(neurons)
         assert activity.representative(few, activity.ROWS[1], zoom, 3).tolist() == expected
 
 
 def test_zoom_shows_the_neurons_and_times_asked_for(trial):
-    zoom = figures.Zoom(neurons=(5, 8), time_range=(30, 130))
-    overview = drawn(figures.overview(trial, zoom))
+    zoom = activity.Zoom(neurons=(5, 8), time_range=(30, 130))
+    overview = drawn(activity.overview(trial, zoom))
     for name, spikes in trial.spikes.items():
         assert len(overview[f"{name} spikes"].get_xdata()) == 3 * spikes[:, 5:9].sum()
     assert overview["write_key spikes"].axes.get_xlim() == (30, 120)
     assert overview["read_key spikes"].axes.get_xlim() == (120, 130)
-    assert np.array_equal(drawn(figures.memory(trial, zoom))["memory"].get_array(), trial.memories[-1, 5:9, 5:9])
-    recall = drawn(figures.overview(trial, figures.Zoom(time_range=(125, 160))))
+    assert np.array_equal(drawn(activity.memory(trial, zoom))["memory"].get_array(), trial.memories[-1, 5:9, 5:9])
+    recall = drawn(activity.overview(trial, activity.Zoom(time_range=(125, 160))))
     assert "read_key spikes" in recall and "write_key spikes" not in recall
 
 
@@ -131,15 +129,15 @@ def test_animation_shows_the_past_and_hides_the_future(trial, monkeypatch, tmp_p
     spikes = trial.spikes["write_value"].copy()
     spikes[85:115] ^= True
     other = trial._replace(spikes=trial.spikes | {"write_value": spikes})
-    frames, others = figures.animate(trial, memories), figures.animate(other, memories)
+    frames, others = animation.animate(trial, memories), animation.animate(other, memories)
     assert [a.tobytes() == b.tobytes() for a, b in zip(frames, others, strict=True)] == [True, True, True, False, False]
     assert len({frame.tobytes() for frame in frames}) == 5
-    figures.save(frames, tmp_path / "a.gif")
+    files.save(frames, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as gif:
         assert (gif.n_frames, gif.size, gif.info["loop"]) == (5, frames[0].size, 0)
 
 
-# --- How it is drawn ----------------------------------------------------------------------------------------------------------
+# How it is drawn
 
 
 def overlapping(figure) -> list[tuple[str, str]]:
@@ -165,28 +163,27 @@ def overlapping(figure) -> list[tuple[str, str]]:
 
 
 ONE, MANY, SILENT = (1, 2, 1, 0.1), (55, 55, 30, 0.1), (10, 10, 100, 0.0)
-DRAWN = [(figures.overview, sizes) for sizes in (ONE, MANY, SILENT)] + [(figures.memory, sizes) for sizes in (ONE, MANY)]
+DRAWN = [(activity.overview, sizes) for sizes in (ONE, MANY, SILENT)] + [(activity.memory, sizes) for sizes in (ONE, MANY)]
 
 
-@pytest.mark.parametrize("draw, sizes", [*DRAWN, (figures.membranes, ONE), (figures.membranes, SILENT)])
+@pytest.mark.parametrize("draw, sizes", [*DRAWN, (activity.membranes, ONE), (activity.membranes, SILENT)])
 def test_no_text_lies_on_another(draw, sizes):
     pairs, classes, neurons, rate = sizes
     trial = make_trial(pairs, classes, neurons, rate=rate)
-    zoom = figures.ALL
+    zoom = activity.ALL
     if not rate:  # a silent network, most of what is shown being recall
         trial = trial._replace(memories=np.zeros_like(trial.memories), logits=np.zeros(classes))
-        zoom = figures.Zoom(time_range=(trial.store_ms - 5, trial.duration_ms))
+        zoom = activity.Zoom(time_range=(trial.store_ms - 5, trial.duration_ms))
     assert overlapping(draw(trial, zoom)) == []
 
 
 def test_files_are_the_same_whatever_the_settings_of_the_user_which_stay(tmp_path):
     settings, trial = dict(matplotlib.rcParams), make_trial(1, 2, 5, 10)
-    for kind in figures.FORMATS:
-        figures.save(figures.memory(trial), tmp_path / f"one.{kind}")
-        with matplotlib.rc_context(
-            {"font.size": 20, "pdf.fonttype": 3, "figure.dpi": 50, "image.cmap": "jet", "savefig.dpi": 50}
-        ):
-            figures.save(figures.memory(trial), tmp_path / f"two.{kind}")
+    others = {"font.size": 20, "pdf.fonttype": 3, "figure.dpi": 50, "image.cmap": "jet", "savefig.dpi": 50}
+    for kind in files.FORMATS:
+        files.save(activity.memory(trial), tmp_path / f"one.{kind}")
+        with matplotlib.rc_context(others):
+            files.save(activity.memory(trial), tmp_path / f"two.{kind}")
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes(), kind
     assert dict(matplotlib.rcParams) == settings
     pdf = (tmp_path / "one.pdf").read_bytes()
@@ -194,7 +191,7 @@ def test_files_are_the_same_whatever_the_settings_of_the_user_which_stay(tmp_pat
     assert matplotlib.image.imread(tmp_path / "one.png").shape[1] == round(183 / 25.4 * 300)
 
 
-# --- The script ---------------------------------------------------------------------------------------------------------------
+# The script
 
 
 def run(capsys, *arguments) -> str:
@@ -205,8 +202,8 @@ def run(capsys, *arguments) -> str:
 def test_published_checkpoint_is_drawn_as_recorded(capsys, tmp_path):
     """The whole way: the numbers saved and printed are those that the network records."""
     data_file = tmp_path / "data.npz"
-    arguments = ("--checkpoint-path", PUBLISHED, "--sequence-length", 3, "--example", 7, "--figure", "memory")
-    output = run(capsys, *arguments, "--output", tmp_path / "a.svg", "--save_data", data_file)
+    arguments = ("--checkpoint-path", PUBLISHED, "--sequence-length", 3, "--example", 7, "--metrics", "none")
+    output = run(capsys, *arguments, "--figure", "memory", "--output", tmp_path / "a.svg", "--save_data", data_file)
     assert "memory after pair 3" in (tmp_path / "a.svg").read_text()
     checkpoint = plot.checkpoints.load(PUBLISHED)
     model = models.build_model(checkpoint["params"], "reference")
@@ -228,9 +225,8 @@ def test_published_checkpoint_is_drawn_as_recorded(capsys, tmp_path):
 def test_the_memory_in_time_is_that_of_the_network(monkeypatch):
     monkeypatch.setattr(animation, "FRAMES", 7)  # with 2 pairs of 40 ms: every 20 ms
     checkpoint = plot.checkpoints.load(PUBLISHED)
-    options = plot.Parser("", plot.GROUPS).parse(["--checkpoint_path", str(PUBLISHED)])
-    options.adopt(checkpoint["params"], plot.MODEL)
-    model, output, trial = plot.record(options, checkpoint["state_dict"])
+    plot.add_options(parser := plot.Parser(""))
+    model, output, trial = plot.record(parser.complete(checkpoint["params"]), PUBLISHED, checkpoint["state_dict"])
     memories = plot.memory_in_time(model, output.activity, trial)
     after_pairs = output.activity["memories"][0].numpy()
     assert not memories[0].any() and np.abs(memories[1]).max() > 0
@@ -238,10 +234,9 @@ def test_the_memory_in_time_is_that_of_the_network(monkeypatch):
 
 
 def test_two_checkpoints_of_a_folder_keep_their_figures_and_a_seed_chooses_the_sample(capsys, tmp_path):
-    for name in ("a.pth.tar", "b.v2.pth.tar"):
+    for name in ("a.pth.tar", "b.v2.pth.tar", plot.checkpoints.BEST):
         shutil.copy(PUBLISHED, tmp_path / name)
     samples = []
-    shutil.copy(PUBLISHED, tmp_path / plot.checkpoints.BEST)
     for name, seed in (("a.pth.tar", 1), ("b.v2.pth.tar", 2), (".", 1)):
         printed = run(capsys, "--checkpoint_path", tmp_path / name, "--figure", "memory", "--format", "svg", "--seed", seed)
         samples.append(printed.splitlines()[2])
@@ -252,15 +247,14 @@ def test_two_checkpoints_of_a_folder_keep_their_figures_and_a_seed_chooses_the_s
 @pytest.mark.slow
 def test_a_notebooks_matplotlib_backend_is_not_needed(tmp_path):
     """MPLBACKEND names a module that is not installed here, or that opens windows."""
-    path = write_run(tmp_path / "a")
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = [sys.executable, plot.__file__, "--metrics", str(path)]
+    command = [sys.executable, plot.__file__, "--metrics", str(write_run(tmp_path / "a"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "metrics.training.png").exists()
 
 
-# --- Curves -------------------------------------------------------------------------------------------------------------------
+# Curves
 
 NUMBERS = ("learning_rate", "train_loss", "train_accuracy", "rate_regularization", "validation_loss", "validation_accuracy")
 
@@ -269,15 +263,12 @@ def write_run(folder, epochs=4, seed=1, **options):
     """A run folder with the files that training and evaluation leave."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
-    lines = [
-        {"epoch": n}
-        | {name: rng.random() for name in NUMBERS}
-        | {"rates": {name: 50 * rng.random() for name in models.POPULATIONS}}
-        for n in range(epochs)
-    ]
+    names = (*NUMBERS, *models.POPULATIONS)
+    lines = [{"epoch": n} | {name: 50 * rng.random() for name in names} for n in range(1, epochs + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record = {option.name: option.default for option in (*plot.MODEL, *plot.TRAINING, *plot.CURRICULUM)}
-    (folder / "options.yaml").write_text(yaml.safe_dump(record | {"seed": seed, "epochs": epochs} | options))
+    recorded = task.add_options(parser := plot.Parser(""))
+    options = {name: parser.get_default(name) for name in recorded} | {"seed": seed, "epochs": epochs} | options
+    (folder / "options.yaml").write_text(yaml.safe_dump(options))
     rows = [f"{length},{100 * rng.random()},{rng.random()},10,30" for length in (10, 2, 30)]
     table = "\n".join(["sequence_length,accuracy,loss,trained_length,num_classes", *rows, ""])
     (folder / results.TABLE).write_text(table)
@@ -287,11 +278,11 @@ def write_run(folder, epochs=4, seed=1, **options):
 def test_training_curves_show_every_epoch_over_samples_the_learning_rate_in_steps(tmp_path):
     path = write_run(tmp_path / "a")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    artists = drawn(figures.training_curves(plot.read_curves((str(path),), lambda run: run.metrics, plot.METRICS), 9000))
+    artists = drawn(curves.training_curves(plot.read_curves([path], "metrics", plot.METRICS), 9000))
     for name in ("train_loss", "validation_accuracy", *models.POPULATIONS):
         line = artists[f"sequence_length 10 {name}"]
         assert line.get_xdata().tolist() == [9, 18, 27, 36]  # thousands of samples
-        assert line.get_ydata().tolist() == [(epoch | epoch["rates"])[name] for epoch in lines]
+        assert line.get_ydata().tolist() == [epoch[name] for epoch in lines]
     rate = artists["sequence_length 10 learning_rate"]
     assert rate.get_drawstyle() == "steps-pre" and rate.get_xdata().tolist() == [0, 9, 18, 27, 36]
 
@@ -300,9 +291,9 @@ def test_groups_give_mean_and_range_and_their_own_level_of_chance(tmp_path):
     for seed in (1, 2, 3):
         write_run(tmp_path / f"s{seed}", epochs=3 + seed, seed=seed)
     write_run(tmp_path / "w", seed=4, num_classes=30)
-    runs = plot.read_curves((str(tmp_path),), lambda run: run.metrics, plot.METRICS)  # all runs of a folder
+    runs = plot.read_curves([tmp_path], "metrics", plot.METRICS)  # all runs of a folder
     assert sorted(run.label for run in runs) == ["num_classes 10"] * 3 + ["num_classes 30"]
-    figure = figures.training_curves(runs, 1000)
+    figure = curves.training_curves(runs, 1000)
     artists = drawn(figure)
     mean = artists["mean num_classes 10 train_loss"]
     assert list(mean.get_xdata()) == [1, 2, 3, 4]  # where all of them have values
@@ -310,19 +301,18 @@ def test_groups_give_mean_and_range_and_their_own_level_of_chance(tmp_path):
     assert np.allclose(mean.get_ydata(), np.mean(expected, axis=0))
     words = [text.get_text() for text in figure.findobj(Text)]
     assert "num_classes 10 (3 runs; thick: mean, shaded: range)" in words
-    looks = {artists[f"chance, {n} classes"].get_linestyle() for n in (10, 30) if f"chance, {n} classes" in words}
     assert artists["chance, 30 classes"].get_ydata() == pytest.approx([100 / 30] * 2)
-    assert len({str(artists[f"chance, {n} classes"]._dash_pattern) for n in (10, 30)}) == 2, looks
+    assert len({str(artists[f"chance, {n} classes"]._dash_pattern) for n in (10, 30)}) == 2
     assert overlapping(figure) == []
 
 
 def test_accuracy_is_shown_against_length_with_chance_and_trained_length(capsys, tmp_path):
     for seed in (1, 2):
         write_run(tmp_path / f"s{seed}", seed=seed)
-    runs = plot.read_curves((str(tmp_path),), lambda run: run.tests, ("sequence_length", "accuracy"))
-    (one,) = plot.read_curves((str(tmp_path / "s1" / results.TABLE),), lambda run: run.tests, ("accuracy",))  # a file
+    runs = plot.read_curves([tmp_path], "tests", ["sequence_length", "accuracy"])
+    (one,) = plot.read_curves([tmp_path / "s1" / results.TABLE], "tests", ["accuracy"])  # a file
     assert (one.columns["accuracy"] == runs[0].columns["accuracy"]).all() and one.trained_length == 10
-    figure = figures.accuracy_by_length(runs)
+    figure = curves.accuracy_by_length(runs)
     artists = drawn(figure)
     mean = artists["mean sequence_length 10 accuracy"]
     assert list(mean.get_xdata()) == [2, 10, 30]
@@ -331,11 +321,13 @@ def test_accuracy_is_shown_against_length_with_chance_and_trained_length(capsys,
     assert artists["chance, 30 classes"].get_ydata() == pytest.approx([100 / 30] * 2)
     assert artists["trained length 10"].get_xdata() == [10, 10]
     assert overlapping(figure) == []
-    run(capsys, "--csv", tmp_path, "--metrics", tmp_path, "--format", "svg")
-    assert {path.name for path in tmp_path.glob("*.svg")} == {"training.svg", "lengths.svg"}
+    for where in ((), ("--output", f"{tmp_path}/new.v2/")):  # beside the input; in a folder that is not there
+        run(capsys, "--csv", tmp_path, "--metrics", tmp_path, "--format", "svg", *where)
+    for folder in (tmp_path, tmp_path / "new.v2"):
+        assert {path.name for path in folder.glob("*.svg")} == {"training.svg", "lengths.svg"}
 
 
-# --- What cannot be drawn -----------------------------------------------------------------------------------------------------
+# What cannot be drawn
 
 
 def refused(capsys, *arguments) -> str:
@@ -352,13 +344,13 @@ def refused(capsys, *arguments) -> str:
         (["--thr", "0.2", "--memory-size", "50"], ["thr 0.2 (checkpoint: 0.1)", "memory_size 50 (checkpoint: 20)"]),
         (["--memory_size", "5", "--check_params", "0"], [str(PUBLISHED), "size mismatch"]),
         (["--sequence_length", "4"], ["--sequence_length 4", "--num_classes 3"]),
-        (["--sequence_length", "2", "3"], ["--sequence_length"]),
+        (["--sequence_length", "2,3"], ["--sequence_length", "one length"]),
         (["--example", "2000"], ["--example", "1999"]),
-        (["--neurons", "3"], ["--neurons", "first", "last"]),
+        (["--neurons", "3"], ["--neurons", "2 arguments"]),
         (["--neurons", "16", "18"], ["--neurons 16 18", "< 16"]),
         (["--time_range", "120", "130"], ["--time_range 120 130", "< 120"]),
         (["--output", "figure.jpg", "--figure", "memory"], ["--output figure.jpg", ".png", ".pdf", ".svg"]),
-        (["--output", "one.png"], ["--output one.png", "--figure", "overview", "memory", "membranes"]),
+        (["--output", "one.png"], ["--output one.png", "--figure overview, memory, membranes"]),
         (["--output", "one.png", "--figure", "animation"], ["--output one.png", ".gif"]),
         (["--output", f"{PUBLISHED}/figures"], [f"{PUBLISHED}/figures", "cannot be written"]),
         (["--save_data", f"{PUBLISHED}/data.npz"], ["data.npz", "cannot be written"]),

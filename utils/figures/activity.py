@@ -14,21 +14,8 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from utils.figures.style import (
-    BLACK,
-    BLUE,
-    DASHED,
-    GREEN,
-    GREY,
-    LIGHT_GREY,
-    ORANGE,
-    PURPLE,
-    TWO_COLUMNS,
-    VERMILION,
-    heading,
-    new_figure,
-    styled,
-)
+from utils.figures import style
+from utils.figures.style import heading, new_figure, styled
 
 HZ = 1e3  # one spike per time step
 
@@ -91,13 +78,11 @@ class Zoom(NamedTuple):
 ALL = Zoom()
 
 
-# --- The time axis: storing and recall side by side ---------------------------------------------------------------------------
-
-
 class Phase(NamedTuple):
     """What is visible of storing or of recall."""
 
     name: str
+    column: int  # of ROWS
     start: int  # ms, of the whole phase
     low: float  # ms, of its visible part
     high: float
@@ -107,14 +92,10 @@ class Phase(NamedTuple):
 
 def visible_phases(trial: Trial, zoom: Zoom) -> list[Phase]:
     start, end = zoom.time_range or (0, trial.duration_ms)
-    store = Phase("Store", 0, start, min(end, trial.store_ms), BLUE, "#E9F1F8")
-    recall = Phase("Recall", trial.store_ms, max(start, trial.store_ms), min(end, trial.duration_ms), VERMILION, "#FCEFE6")
+    store = Phase("Store", 1, 0, start, min(end, trial.store_ms), style.BLUE, "#E9F1F8")
+    start, end = max(start, trial.store_ms), min(end, trial.duration_ms)
+    recall = Phase("Recall", 2, trial.store_ms, start, end, style.VERMILION, "#FCEFE6")
     return [phase for phase in (store, recall) if phase.low < phase.high]
-
-
-def population_in(phase: Phase, row: tuple) -> str | None:
-    """The population of one of ROWS that is active in a phase."""
-    return row[1] if phase.name == "Store" else row[2]
 
 
 def time_grid(figure: FigureBase, trial: Trial, phases: list[Phase], heights: list[float], right: float = 0) -> np.ndarray:
@@ -151,18 +132,15 @@ def time_grid(figure: FigureBase, trial: Trial, phases: list[Phase], heights: li
 def leave_out(ax: Axes, words: str = "") -> None:
     """An empty place, with the reason why."""
     ax.set_axis_off()
-    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", size=6, color=GREY)
-
-
-# --- Overview -----------------------------------------------------------------------------------------------------------------
+    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", size=6, color=style.GREY)
 
 
 @styled
 def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     """On one time axis: inputs, and the spikes of every population over its rate; rates of the neurons; readout and logits."""
     phases = visible_phases(trial, zoom)
-    rows = [row for row in ROWS if any(population_in(phase, row) for phase in phases)]
-    figure = new_figure(TWO_COLUMNS, 52 + 30 * len(rows))
+    rows = [row for row in ROWS if any(row[phase.column] for phase in phases)]
+    figure = new_figure(style.TWO_COLUMNS, 52 + 30 * len(rows))
     above, below = figure.subfigures(2, 1, height_ratios=(22 + 30 * len(rows), 30), hspace=0.05)
     axes = time_grid(above, trial, phases, [12] + [17, 5] * len(rows), right=0.2)
 
@@ -176,11 +154,10 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     for (raster, strip), row in zip(axes[1:].reshape(len(rows), 2, -1), rows, strict=True):
         heading(raster[0], next(letters), row[0])
         raster[0].set_ylabel("Neuron")
-        strip[0].set_ylabel("Hz")
         leave_out(strip[-1])
         raster[-1].spines["bottom"].set_visible(False)
         for phase, ax, under in zip(phases, raster, strip, strict=False):
-            if name := population_in(phase, row):
+            if name := row[phase.column]:
                 spikes = trial.spikes[name]
                 neurons = zoom.indices(spikes.shape[1])
                 draw_raster(ax, name, spikes, neurons, phase)
@@ -190,15 +167,15 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
                 leave_out(ax, "no label\nis shown")
                 leave_out(under)
             if name == "read_value":
-                ax.axvspan(trial.readout_ms, trial.duration_ms, color=ORANGE, alpha=0.35, lw=0, zorder=0.3)
-                ax.set_title("readout window", loc="right", size=6, weight="normal", color=VERMILION)
+                ax.axvspan(trial.readout_ms, trial.duration_ms, color=style.ORANGE, alpha=0.35, lw=0, zorder=0.3)
+                ax.set_title("readout window", loc="right", size=6, weight="normal", color=style.VERMILION)
         raster[0].set_yticks([neurons[0], neurons[-1]] if len(neurons) > 1 else neurons)
-        strip[0].set_ylim(0)
+        strip[0].set(ylabel="Hz", ylim=(0, None))
         strip[0].yaxis.set_major_locator(MaxNLocator(2))
-    axes[-1, -1].set_axis_on()
-    axes[-1, -1].spines["left"].set_visible(False)
-    axes[-1, -1].tick_params(axis="y", length=0)
-    axes[-1, -1].set(xlabel="Mean rate (Hz)", xlim=(0, None))
+    strip[-1].set_axis_on()
+    strip[-1].spines["left"].set_visible(False)
+    strip[-1].tick_params(axis="y", length=0)
+    strip[-1].set(xlabel="Mean rate (Hz)", xlim=(0, None))
     above.align_ylabels(axes[:, 0])
 
     readout, logits = below.subplots(1, 2, width_ratios=(1.4, np.clip(0.07 * len(trial.logits), 0.7, 2)))
@@ -214,19 +191,19 @@ def draw_inputs(axes: np.ndarray, trial: Trial, phases: list[Phase], letter: str
     steps, size = trial.num_time_steps, trial.features.shape[1]
     axes[0].set_ylabel("Feature")
     for phase, ax in zip(phases, axes, strict=False):
-        stored, asked = ("features", trial.features, trial.labels), ("query", trial.query[None], ["query"])
-        name, vectors, words = stored if phase.name == "Store" else asked
+        store = phase.name == "Store"
+        vectors, words = (trial.features, trial.labels) if store else (trial.query[None], ["query"])
         edges = phase.start + steps * np.arange(len(vectors) + 1)
         extent = (edges[0], edges[-1], -0.5, size - 0.5)
         image = ax.imshow(vectors.T, "Greys", vmin=0, vmax=1, aspect="auto", origin="lower", extent=extent, zorder=0.5)
-        image.set_gid(name)
+        image.set_gid("features" if store else "query")
         ax.set_xlim(phase.low, phase.high)
-        shown = [(max(a, phase.low), min(b, phase.high), word) for (a, b), word in zip(pairwise(edges), words, strict=True)]
-        shown = [(a, b, word) for a, b, word in shown if a < b]
+        parts = zip(pairwise(np.clip(edges, phase.low, phase.high)), words, strict=True)
+        shown = [(start, end, word) for (start, end), word in parts if start < end]
         levels = int(np.ceil(len(shown) / 36))  # as many labels fit side by side
-        for n, (a, b, word) in enumerate(shown):
-            look = {"color": VERMILION, "weight": "bold"} if word in (trial.answer, "query") else {}
-            place = {"xy": ((a + b) / 2, 1), "xycoords": ax.get_xaxis_transform(), "xytext": (0, 2 + 7 * (n % levels))}
+        for n, (start, end, word) in enumerate(shown):
+            look = {"color": style.VERMILION, "weight": "bold"} if word in (trial.answer, "query") else {}
+            place = {"xy": ((start + end) / 2, 1), "xycoords": ax.get_xaxis_transform(), "xytext": (0, 2 + 7 * (n % levels))}
             ax.annotate(str(word), **place, textcoords="offset points", ha="center", size=6, annotation_clip=False, **look)
         ax.set_title(phase.name, loc="right", color=phase.colour, pad=4 + 7 * levels)
         if phase is phases[0]:
@@ -240,8 +217,8 @@ def draw_raster(ax: Axes, name: str, spikes: np.ndarray, neurons: np.ndarray, ph
     gap = np.full(len(time), np.nan)  # one line with gaps draws much faster than one line per spike
     x = np.stack([time, time, gap], axis=1) + phase.start
     y = np.stack([neurons[place] - 0.45, neurons[place] + 0.45, gap], axis=1)
-    (line,) = ax.plot(x.ravel(), y.ravel(), color=BLACK, lw=0.5, solid_capstyle="butt", rasterized=True, snap=True)
-    line.set(gid=f"{name} spikes", in_layout=False)
+    look = {"color": style.BLACK, "lw": 0.5, "solid_capstyle": "butt", "rasterized": True, "snap": True, "in_layout": False}
+    ax.plot(x.ravel(), y.ravel(), gid=f"{name} spikes", **look)
     ax.set_ylim(neurons[0] - 0.5, neurons[-1] + 0.5)
 
 
@@ -249,44 +226,39 @@ def draw_population_rate(ax: Axes, name: str, spikes: np.ndarray, phase: Phase, 
     """Mean rate of the neurons, in five bins per input."""
     edges = np.append(np.arange(0, len(spikes), max(1, num_time_steps // 5)), len(spikes))
     counts = np.add.reduceat(spikes.mean(axis=1, dtype=float), edges[:-1])
-    area = ax.stairs(counts / np.diff(edges) * HZ, phase.start + edges, fill=True, color=phase.colour, lw=0)
-    area.set_gid(f"{name} population rate")
+    look = {"fill": True, "color": phase.colour, "lw": 0, "gid": f"{name} population rate"}
+    ax.stairs(counts / np.diff(edges) * HZ, phase.start + edges, **look)
 
 
 def draw_rates(ax: Axes, name: str, spikes: np.ndarray, neurons: np.ndarray, phase: Phase) -> None:
     """Mean rate of every neuron at the height of its row in the raster; above, the mean of the whole population."""
     rates = spikes.mean(axis=0, dtype=float) * HZ
-    (dots,) = ax.plot(rates[neurons], neurons, ".", color=phase.colour, ms=2.2, mew=0, clip_on=False)
-    dots.set_gid(f"{name} rates")
+    ax.plot(rates[neurons], neurons, ".", color=phase.colour, ms=2.2, mew=0, clip_on=False, gid=f"{name} rates")
     where = {"Store": "left", "Recall": "right"}[phase.name]
     ax.set_title(f"{rates.mean():.1f} Hz", loc=where, size=6, weight="normal", color=phase.colour)
 
 
 def draw_readout(ax: Axes, trial: Trial, zoom: Zoom) -> None:
-    neurons, spikes = zoom.indices(len(trial.readout)), trial.readout
-    bars = ax.stairs(spikes[neurons], np.append(neurons - 0.5, neurons[-1] + 0.5), fill=True, color=ORANGE, lw=0)
-    bars.set_gid("readout")
-    ax.set(xlabel="Value neuron", xlim=(neurons[0] - 0.5, neurons[-1] + 0.5))
-    ax.set(ylabel="Spikes", ylim=(0, max(1, spikes[neurons].max())))
+    neurons = zoom.indices(len(trial.readout))
+    spikes, edges = trial.readout[neurons], np.append(neurons - 0.5, neurons[-1] + 0.5)
+    ax.stairs(spikes, edges, fill=True, color=style.ORANGE, lw=0, gid="readout")
+    ax.set(xlabel="Value neuron", xlim=(edges[0], edges[-1]), ylabel="Spikes", ylim=(0, max(1, spikes.max())))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
 def draw_logits(ax: Axes, trial: Trial) -> None:
     classes, prediction = np.arange(len(trial.logits)), int(trial.logits.argmax())
-    colours = np.where(classes == trial.answer, GREEN, LIGHT_GREY)
+    colours = np.where(classes == trial.answer, style.GREEN, style.LIGHT_GREY)
     for n, bar in enumerate(ax.bar(classes, trial.logits, width=0.8, color=colours, lw=0)):
         bar.set_gid(f"logit {n}")
-    ax.axhline(0, color=BLACK, lw=0.5)
+    ax.axhline(0, color=style.BLACK, lw=0.5)
     ax.annotate("▾", (prediction, max(trial.logits[prediction], 0)), ha="center", va="bottom")
     ax.set_title(f"▾ prediction {prediction}", loc="center", size=6, weight="normal")
-    ax.set_title(f"answer {trial.answer}", loc="right", size=6, weight="normal", color=GREEN)
+    ax.set_title(f"answer {trial.answer}", loc="right", size=6, weight="normal", color=style.GREEN)
     ax.margins(y=0.15)
     ax.set(xlabel="Class", ylabel="Logit", xlim=(-0.7, len(classes) - 0.3))
     ax.xaxis.set_major_locator(MaxNLocator(min(len(classes) + 1, 20), integer=True))
-
-
-# --- Memory -------------------------------------------------------------------------------------------------------------------
 
 
 @styled
@@ -300,13 +272,12 @@ def memory(trial: Trial, zoom: Zoom = ALL, most: int = 10) -> Figure:
     chosen = np.unique(np.linspace(0, len(memories) - 1, min(most, len(memories))).round().astype(int))
     extent = (neurons[0] - 0.5, neurons[-1] + 0.5) * 2
     look = {"vmin": min(0.0, memories.min()), "vmax": memories.max() or 1.0, "origin": "lower", "extent": extent}
-    figure = new_figure(TWO_COLUMNS, 105)
+    figure = new_figure(style.TWO_COLUMNS, 105)
     above, below = figure.subfigures(2, 1, height_ratios=(75, 30))
 
     matrix, weights = above.subplots(1, 2)
     heading(matrix, "a", f"Memory after the last of {len(memories)} pairs")
-    image = matrix.imshow(memories[-1], interpolation="nearest", **look)
-    image.set_gid("memory")
+    image = matrix.imshow(memories[-1], interpolation="nearest", gid="memory", **look)
     matrix.set(xlabel="Key neuron", ylabel="Value neuron")
     for axis in (matrix.xaxis, matrix.yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True))
@@ -320,34 +291,30 @@ def memory(trial: Trial, zoom: Zoom = ALL, most: int = 10) -> Figure:
         if n is None:
             ax.set_axis_off()
             continue
-        ax.imshow(memories[n], **look).set_gid(f"memory after pair {n + 1}")
+        ax.imshow(memories[n], gid=f"memory after pair {n + 1}", **look)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(True)
-        colour = VERMILION if trial.labels[n] == trial.answer else BLACK
+        colour = style.VERMILION if trial.labels[n] == trial.answer else style.BLACK
         ax.set_title(f"pair {n + 1}\nlabel {trial.labels[n]}", loc="center", size=6, weight="normal", color=colour)
     return figure
 
 
 def draw_weights(ax: Axes, weights: np.ndarray) -> None:
     counts, edges = np.histogram(weights, bins=50, range=(min(0.0, weights.min()), weights.max() or 1.0))
-    ax.stairs(counts, edges, fill=True, color=PURPLE, lw=0).set_gid("weights")
-    ax.set_yscale("log")
-    ax.set(xlabel="Weight (dimensionless)", ylabel="Number of weights", xlim=(edges[0], edges[-1]))
-    ax.set_ylim(0.7, max(10, 2 * counts.max()))
+    ax.stairs(counts, edges, fill=True, color=style.PURPLE, lw=0).set_gid("weights")
+    ax.set(xlabel="Weight (dimensionless)", xlim=(edges[0], edges[-1]))
+    ax.set(ylabel="Number of weights", yscale="log", ylim=(0.7, max(10, 2 * counts.max())))
     words = f"{weights.size} weights\nmean {weights.mean():.3g}, largest {weights.max():.3g}\n{(weights == 0).mean():.0%} are 0"
     ax.text(0.98, 0.98, words, transform=ax.transAxes, ha="right", va="top", linespacing=1.5)
-
-
-# --- Membranes ----------------------------------------------------------------------------------------------------------------
 
 
 @styled
 def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
     """Membrane potentials of `count` neurons of each population, from its most to its least active one."""
     phases = visible_phases(trial, zoom)
-    rows = [row for row in ROWS if any(population_in(phase, row) for phase in phases)]
+    rows = [row for row in ROWS if any(row[phase.column] for phase in phases)]
     chosen = [(row, place, neuron) for row in rows for place, neuron in enumerate(representative(trial, row, zoom, count))]
-    figure = new_figure(TWO_COLUMNS, 20 + 6 * len(rows) + 11 * len(chosen))
+    figure = new_figure(style.TWO_COLUMNS, 20 + 6 * len(rows) + 11 * len(chosen))
     axes = time_grid(figure, trial, phases, [1] * len(chosen))
     for phase, ax in zip(phases, axes[0], strict=True):
         above = {"xy": (1, 1), "xycoords": "axes fraction", "xytext": (0, 16), "textcoords": "offset points"}
@@ -357,14 +324,14 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
             heading(line[0], "abcd"[rows.index(row)], row[0], pad=6)
         line[0].set_ylabel(f"neuron\n{neuron}", size=6, rotation=0, ha="right", va="center")
         for phase, ax in zip(phases, line, strict=True):
-            if name := population_in(phase, row):
+            if name := row[phase.column]:
                 draw_membrane(ax, name, trial, neuron, phase)
             else:
                 leave_out(ax, "no label is shown" if place == 1 else "")
         line[0].yaxis.set_major_locator(MaxNLocator(3))
     figure.align_ylabels(axes[:, 0])
     figure.supylabel("Membrane potential (θ)", size=7)
-    figure.supxlabel("Dashed: threshold θ. Ticks above: spikes.", size=6, color=GREY)
+    figure.supxlabel("Dashed: threshold θ. Ticks above: spikes.", size=6, color=style.GREY)
     return figure
 
 
@@ -381,10 +348,10 @@ def draw_membrane(ax: Axes, name: str, trial: Trial, neuron: int, phase: Phase) 
     """Membrane potential in units of the threshold, the threshold as a line, spikes as ticks above."""
     time = phase.start + np.arange(len(trial.membranes[name]))
     shown = (time >= phase.low) & (time <= phase.high)
-    (line,) = ax.plot(time[shown], trial.membranes[name][shown, neuron] / trial.threshold, color=phase.colour, lw=0.5)
-    line.set_gid(f"{name} membrane of neuron {neuron}")
-    ax.axhline(1, color=GREY, lw=0.5, ls=DASHED)
+    potential = trial.membranes[name][shown, neuron] / trial.threshold
+    ax.plot(time[shown], potential, color=phase.colour, lw=0.5, gid=f"{name} membrane of neuron {neuron}")
+    ax.axhline(1, color=style.GREY, lw=0.5, ls=style.DASHED)
     spikes = time[shown & (trial.spikes[name][:, neuron] > 0)]
-    above = {"transform": ax.get_xaxis_transform(), "clip_on": False}
-    (ticks,) = ax.plot(spikes, np.full(len(spikes), 1.07), "|", color=BLACK, ms=2.5, mew=0.5, **above)
-    ticks.set(gid=f"{name} spikes of neuron {neuron}", in_layout=len(spikes) > 0)  # an empty line has a place in the corner
+    look = {"color": style.BLACK, "ms": 2.5, "mew": 0.5, "clip_on": False, "gid": f"{name} spikes of neuron {neuron}"}
+    look["in_layout"] = len(spikes) > 0  # an empty line has a place in the corner
+    ax.plot(spikes, np.full(len(spikes), 1.07), "|", transform=ax.get_xaxis_transform(), **look)

@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from tqdm import tqdm
 
 from utils.figures import activity
 from utils.figures.activity import ALL, ROWS, Trial, Zoom
@@ -23,7 +22,7 @@ def frame_times(duration_ms: int) -> np.ndarray:
 
 @styled
 def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.Image]:
-    """Frames at `frame_times(trial.duration_ms)`. Shows a progress bar.
+    """Frames at `frame_times(trial.duration_ms)`.
 
     Args:
         memories: the memory at these times, frames x M x M.
@@ -39,7 +38,7 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
     for line, row in zip(axes[1:], ROWS, strict=True):
         line[0].set_title(row[0], size=6)
         for phase, ax in zip(phases, line, strict=True):
-            if name := activity.population_in(phase, row):
+            if name := row[phase.column]:
                 activity.draw_raster(ax, name, trial.spikes[name], zoom.indices(trial.spikes[name].shape[1]), phase)
             else:
                 activity.leave_out(ax, "no label\nis shown")
@@ -72,9 +71,7 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
     canvas.draw()
     background = canvas.copy_from_bbox(figure.bbox)
     frames = []
-    for t, memory, logit in zip(
-        tqdm(times, "animation", unit=" frames", leave=False, disable=None), memories, logits, strict=True
-    ):
+    for t, memory, logit in zip(times, memories, logits, strict=True):
         for phase, cover in future:
             start = np.clip(t, phase.low, phase.high)
             cover.set(x=start, width=phase.high - start)

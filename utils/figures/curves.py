@@ -3,6 +3,7 @@
 Runs of the same label are repetitions of each other (other seeds): each is a thin line, over them their mean and range.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -39,37 +40,32 @@ class Curves(NamedTuple):
 @styled
 def training_curves(runs: Sequence[Curves], samples_per_epoch: int) -> Figure:
     """Loss, accuracy, learning rate and firing rates (of networks that have any) over the training samples seen."""
-    groups = by_label(runs)
+    groups, chance = by_label(runs), chance_levels(runs)
+    handles = legend_lines(groups, chance)
     panels = [panel for panel in TRAINING_PANELS if any(panel[2].keys() & run.columns.keys() for run in runs)]
-    chance = chance_levels(runs)
-    handles = [*group_lines(groups), *(Line2D([], [], **look) for look in chance.values())]
-    figure = new_figure(TWO_COLUMNS, 44 * -(-len(panels) // 3) + 3.5 * len(handles))
-    axes = figure.subplots(-(-len(panels) // 3), 3, sharex=True).flat
+    rows = math.ceil(len(panels) / 3)
+    figure = new_figure(TWO_COLUMNS, 44 * rows + 3.5 * len(handles))
+    axes = figure.subplots(rows, 3, sharex=True).flat
     for ax, letter, (title, unit, series) in zip(axes, "abcdef", panels, strict=False):
         heading(ax, letter, title)
-        words_of = []
+        legend = []
         for place, (column, words) in enumerate(series.items()):
             for colour, (label, members) in zip(SERIES * len(groups), groups.items(), strict=False):
                 look = {"color": colour, "ls": LINE_STYLES[place]} if len(groups) > 1 else {"color": SERIES[place], "ls": "-"}
-                lines = []
-                for run in members:
-                    if column in run.columns:
-                        epochs = run.columns["epoch"] - run.columns["epoch"][0] + 1
-                        lines.append((epochs * samples_per_epoch / 1000, run.columns[column]))
+                having = [run.columns for run in members if column in run.columns]
+                lines = [((c["epoch"] - c["epoch"][0] + 1) * samples_per_epoch / 1000, c[column]) for c in having]
                 draw_repetitions(ax, lines, f"{label} {column}", steps=column == "learning_rate", **look)
             look = {"color": BLACK, "ls": LINE_STYLES[place]} if len(groups) > 1 else {"color": SERIES[place]}
-            words_of.append(Line2D([], [], label=words, **look))
+            legend.append(Line2D([], [], label=words, **look))
         for level, look in chance.items() if title == "Accuracy" else ():
-            ax.axhline(level, **look, zorder=1).set_gid(look["label"])
-        ax.set_ylim(0, 103 if title == "Accuracy" else None)
-        ax.set_ylabel(unit)
+            ax.axhline(level, zorder=1, gid=look["label"], **look)
+        ax.set(xlabel="Training samples (thousands)", ylabel=unit, ylim=(0, 103 if title == "Accuracy" else None))
         ax.tick_params(labelbottom=True)
-        ax.set_xlabel("Training samples (thousands)")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if len(series) > 1:
-            place = {"loc": "lower right", "bbox_to_anchor": (1.02, 1.0), "ncols": 3}
-            ax.legend(handles=words_of, **place, columnspacing=0.6, handlelength=1, handletextpad=0.3)
+            look = {"ncols": 3, "columnspacing": 0.6, "handlelength": 1, "handletextpad": 0.3}
+            ax.legend(handles=legend, loc="lower right", bbox_to_anchor=(1.02, 1.0), **look)
     for ax in axes:
         ax.set_axis_off()
     figure.legend(handles=handles, loc="outside lower left", labelspacing=0.35)
@@ -79,28 +75,25 @@ def training_curves(runs: Sequence[Curves], samples_per_epoch: int) -> Figure:
 @styled
 def accuracy_by_length(runs: Sequence[Curves]) -> Figure:
     """Accuracy against the length of the tested sequences, with the trained length and two levels of chance."""
-    groups = by_label(runs)
-    chance = chance_levels(runs)
-    handles = [*group_lines(groups), *(Line2D([], [], **look) for look in chance.values())]
-    figure = new_figure(ONE_COLUMN, 62 + 3.5 * (len(handles) + 2))
+    groups, chance = by_label(runs), chance_levels(runs)
+    handles = legend_lines(groups, chance)
+    trained, guessing = {"color": BLACK, "lw": 0.8, "ls": DOTTED}, {"color": GREY, "lw": 0.6, "ls": DOTTED}
+    handles.append(Line2D([], [], label="length trained on", **trained))
+    handles.append(Line2D([], [], label="guessing among the labels that were shown", **guessing))
+    figure = new_figure(ONE_COLUMN, 62 + 3.5 * len(handles))
     ax = figure.subplots()
     for colour, (label, members) in zip(SERIES * len(groups), groups.items(), strict=False):
         lines = [(run.columns["sequence_length"], run.columns["accuracy"]) for run in members]
         draw_repetitions(ax, lines, f"{label} accuracy", color=colour, marker=".", ms=3)
-    trained = {run.trained_length for run in runs} - {None}
-    for length in trained:
-        ax.axvline(length, color=BLACK, lw=0.8, ls=DOTTED, zorder=1).set_gid(f"trained length {length}")
+    for length in {run.trained_length for run in runs} - {None}:
+        ax.axvline(length, zorder=1, gid=f"trained length {length}", **trained)
     for level, look in chance.items():
-        ax.axhline(level, **look, zorder=1).set_gid(look["label"])
+        ax.axhline(level, zorder=1, gid=look["label"], **look)
     lengths = np.concatenate([run.columns["sequence_length"] for run in runs])
     dense = np.linspace(lengths.min(), lengths.max(), 200)
-    ax.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=DOTTED)
+    ax.plot(dense, 100 / dense, **guessing)
     ax.set(xlabel="Sequence length at test (pairs)", ylabel="Accuracy (%)", ylim=(0, 103))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    handles += [
-        Line2D([], [], color=BLACK, lw=0.8, ls=DOTTED, label="length trained on"),
-        Line2D([], [], color=GREY, lw=0.6, ls=DOTTED, label="guessing among the labels that were shown"),
-    ]
     figure.legend(handles=handles, loc="outside lower left", labelspacing=0.35)
     return figure
 
@@ -121,23 +114,22 @@ def draw_repetitions(ax: Axes, lines: list[tuple[np.ndarray, np.ndarray]], name:
         lines = [(np.append(0, x), np.append(y[0], y)) for x, y in lines]
     for x, y in lines:
         single = look | drawn | ({"marker": "."} if len(x) == 1 else {})
-        (line,) = ax.plot(x, y, **single, **({"lw": 0.3, "alpha": 0.6} if len(lines) > 1 else {}))
-        line.set_gid(name)
+        ax.plot(x, y, gid=name, **single, **({"lw": 0.3, "alpha": 0.6} if len(lines) > 1 else {}))
     if len(lines) > 1 and (common := sorted(set.intersection(*(set(x.tolist()) for x, _ in lines)))):
         values = np.stack([y[np.isin(x, common)] for x, y in lines])
         step = {"step": "pre"} if steps else {}
         ax.fill_between(common, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15, lw=0, **step)
-        (mean,) = ax.plot(common, values.mean(axis=0), color=look["color"], ls=look.get("ls", "-"), lw=1.1, **drawn)
-        mean.set_gid(f"mean {name}")
+        drawn |= {"color": look["color"], "ls": look.get("ls", "-"), "lw": 1.1, "gid": f"mean {name}"}
+        ax.plot(common, values.mean(axis=0), **drawn)
 
 
-def group_lines(groups: Mapping[str, list[Curves]]) -> list[Line2D]:
-    """The legend of the groups."""
+def legend_lines(groups: Mapping[str, list[Curves]], chance: Mapping[float, dict]) -> list[Line2D]:
+    """The legend of the groups and of the levels of chance."""
     lines = []
     for colour, (label, members) in zip(SERIES * len(groups), groups.items(), strict=False):
         words = f"{label} ({len(members)} runs; thick: mean, shaded: range)" if len(members) > 1 else label
         lines.append(Line2D([], [], color=colour if len(groups) > 1 else "none", label=words))
-    return lines
+    return lines + [Line2D([], [], **look) for look in chance.values()]
 
 
 def chance_levels(runs: Sequence[Curves]) -> dict[float, dict]:

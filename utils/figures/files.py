@@ -13,48 +13,29 @@ from utils.figures.style import styled
 
 # Format -> dots per inch (in vector files only rasters have any), and metadata: a date would make each file another one.
 FORMATS = {"png": (300, {}), "pdf": (600, {"CreationDate": None}), "svg": (600, {"Date": None})}
-ALIKE = {"gif", "mp4", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "eps", "ps", "pgf", "avi", "mov", "mkv", "webm", "npz"}
 
 
-def choose_files(figures: dict[str, Sequence[str]], output: str, kind: str) -> dict[Path, str]:
-    """The files to write, and the figure in each: a file or in a folder that is asked for, or beside what is drawn.
+def choose_file(figure: str, output: str, kind: str, sources: Sequence[str]) -> Path:
+    """The file of a figure: `output` itself, in the folder `output`, or beside what it is drawn from, under its name.
 
-    Args:
-        figures: name -> paths of what it is drawn from.
-        output: `--output`: file, folder, or empty.
-        kind: the format in a folder.
-
-    Raises:
-        UsageError: `output` cannot hold these figures, or not here.
+    A path with a suffix is a file, unless there is a folder of that name, or it ends in a slash. Raises UsageError.
     """
-    target, files = Path(output), {}
-    is_file = output and not target.is_dir() and target.suffix[1:].lower() in {*FORMATS, *ALIKE}
-    if is_file and len(figures) > 1:
-        raise UsageError(f"--output {output}: a file holds one figure; choose with --figure {', '.join(figures)}")
-    for name, sources in figures.items():
-        kinds = ("gif",) if name == "animation" else tuple(FORMATS)
-        if is_file:
-            if target.suffix[1:].lower() not in kinds:
-                raise UsageError(f"--output {output}: must be a folder or end in {', '.join(f'.{k}' for k in kinds)}")
-            files[target] = name
-            continue
-        folder, prefix = (target, "") if output else beside(sources)
-        files |= {folder / f"{prefix}{name}.{k}": name for k in (kinds if name == "animation" else (kind,))}
-    return files
-
-
-def beside(sources: Sequence[str]) -> tuple[Path, str]:
-    """Where to write what is drawn from these files: the folder, and how names begin. Of one file, it is its own name."""
-    relative = not any(map(os.path.isabs, sources))
-    common = Path(os.path.commonpath(sources if relative else [os.path.abspath(source) for source in sources]))
-    return (common, "") if common.is_dir() else (common.parent, Path(common.name.removesuffix(".tar")).stem + ".")
+    kinds = ["gif"] if figure == "animation" else list(FORMATS)
+    name = f"{figure}.{kind if kind in kinds else kinds[0]}"
+    path = Path(output or os.path.commonpath([os.path.abspath(source) for source in sources]))
+    if path.is_dir() or (output and (output.endswith("/") or not path.suffix)):
+        return path / name
+    if not output:
+        return path.with_name(f"{Path(path.name.removesuffix('.tar')).stem}.{name}")
+    if path.suffix[1:].lower() not in kinds:
+        raise UsageError(f"--output {output}: {figure} needs a file that ends in .{', .'.join(kinds)}, or a folder (FOLDER/)")
+    return path
 
 
 def check_writable(path: Path) -> None:
     """Raises UserError where a file cannot be written, before anything is computed for it."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())).close()
     except OSError as failure:
         where = "choose another place (--output, --save_data)"
         raise UserError(f"{path}: cannot be written ({failure.strerror}); {where}") from failure
@@ -62,11 +43,7 @@ def check_writable(path: Path) -> None:
 
 @styled
 def save(drawing: Figure | list, path: Path) -> None:
-    """Write a figure or the frames of an animation in the format that the file name ends in; the same bytes each time.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a figure or an animation in the format that the file name ends in, the same bytes each time. Raises UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(drawing, list):
@@ -83,9 +60,7 @@ def show(drawn: Sequence[Figure]) -> None:
     import matplotlib.pyplot as plt
 
     for figure in drawn:
-        canvas = plt.figure(figsize=figure.get_size_inches()).canvas
-        canvas.figure = figure
-        figure.set_canvas(canvas)
+        plt.figure(figure)
     if plt.get_backend().lower() == "agg":
         raise UserError("--show: there is no display here; look at the files")
     plt.show()
