@@ -17,11 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import models
+from experiments.sweep import DECISIVE, DEFAULTS
 from utils.errors import in_one_line
 from utils.figures import curves, save
 from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, new_figure, styled
 from utils.metrics import to_csv
-from utils.options import CURRICULUM, DATA, MODEL, TRAINING
 from utils.results import GROUP, Result, columns, read_results, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
@@ -35,8 +35,8 @@ LINES = {
     "ood_curriculum": "published options, curriculum, 12 epochs",
     "ood_published": "published options, 15 epochs",
 }
-# What a run may differ in without being trained in another way.
-_NOT_A_WAY_OF_TRAINING = {"sequence_length", "num_classes", "seed", "epochs", "workers", "prefetch_factor", "start_epoch"}
+# What a run may differ in without being trained in another way, and what is put in other words.
+_NOT_SHOWN = ("sequence_length", "num_classes", "seed", "epochs", "start_epoch", "curriculum_start", "curriculum_step")
 
 
 @in_one_line
@@ -113,11 +113,8 @@ def way_of_training(options: dict[str, Any]) -> str:
     words = []
     if options["curriculum_start"]:
         words.append(f"curriculum from {options['curriculum_start']}, {options['curriculum_step']} more each epoch")
-    shown = _NOT_A_WAY_OF_TRAINING | {option.name for option in CURRICULUM}
-    for option in (*MODEL, *DATA, *TRAINING):
-        value = options.get(option.name, option.default)
-        if option.name not in shown and value != option.default:
-            words.append(f"{option.name} {value}")
+    others = {name: options.get(name, DEFAULTS[name]) for name in DECISIVE if name not in _NOT_SHOWN}
+    words += [f"{name} {value}" for name, value in others.items() if value != DEFAULTS[name]]
     return ", ".join(words) or "published options"
 
 

@@ -19,6 +19,7 @@ accuracy).
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import itertools
@@ -29,34 +30,46 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-import yaml
+from filelock import FileLock, Timeout
 
-from utils import checkpoints
-from utils.errors import UserError, in_one_line
+import memorizing_associations_task as task
+from utils import checkpoints, run
+from utils.errors import UsageError, UserError, in_one_line
 from utils.interruption import Interruption
-from utils.options import CURRICULUM, MODEL, TASK_GROUPS, TRAINING, Options, Parser
+from utils.options import Parser, number, read_words, words_of, words_of_yaml
 from utils.results import COMMANDS
-from utils.run import METRICS, OPTIONS, TABLE, commit
-from utils.run import lock as hold
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "memorizing_associations_task.py"
+SCRIPT = Path(task.__file__)
 LOG, LOCK = "log.txt", ".sweep.lock"
 POLL_SECONDS = 0.5
 say = functools.partial(print, flush=True)
-_NOT_TO_SET = {"resume", "evaluate", "print_options", "output_dir", "gpu", "multiprocessing_distributed", "start_epoch"}
-_DEFAULTS = {option.name: option.default for options in TASK_GROUPS.values() for option in options}
-_RESULT_DEPENDS_ON = {option.name for option in (*MODEL, *TRAINING, *CURRICULUM)} | {"dataset_seed", "inf_data"}
+PARSER = Parser("")
+RECORDED = task.add_options(PARSER)
+DEFAULTS = vars(PARSER.complete())
+NOT_TO_SET = (
+    "config",
+    "resume",
+    "evaluate",
+    "print_options",
+    "output_dir",
+    "gpu",
+    "multiprocessing_distributed",
+    "start_epoch",
+)
+# What a run finds depends on the others.
+DECISIVE = [n for n in RECORDED if n not in ("workers", "prefetch_factor", "device", "backend", "print_freq", "logging")]
 
 
 @in_one_line
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    positive = number(int, 1)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="the runs (the head of this module describes the file)")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=positive, help="runs at a time (default: one per GPU; without GPUs, cores // threads)")
@@ -69,16 +82,16 @@ def main(argv=None) -> int:
         return 0
     for job in jobs:
         job.refuse_another_run()
-    gpus = find_gpus(args.jobs, args.threads)
-    with Interruption(patient=True) as interruption:  # a second signal must not leave the runs behind
-        return Sweep(jobs, gpus, args.threads).work(interruption)
-
-
-def positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    outcomes: dict[str, str] = {}  # of a run that has ended; empty: it is done
+    places = find_gpus(args.jobs, args.threads)
+    with Interruption(patient=True) as interruption, ThreadPoolExecutor(len(places)) as pool:
+        list(pool.map(functools.partial(work, jobs, outcomes, args.threads, interruption), places))
+    failed = [job for job in jobs if outcomes.get(job.name)]
+    done, left = len(outcomes) - len(failed), len(jobs) - len(outcomes)
+    say(f"{done} of {len(jobs)} runs done, {len(failed)} failed, {left} unfinished")
+    for job in failed:
+        say(f"failed: {job.name}: {outcomes[job.name]} ({job.folder / LOG})")
+    return interruption.status or int(bool(failed))
 
 
 # What is to run
@@ -90,25 +103,25 @@ class Job:
 
     name: str  # group/run
     folder: Path
-    given: dict[str, Any]  # the options in the sweep file
+    given: dict[str, str]  # the options in the sweep file, as words
     options: dict[str, Any]  # all of them
     test_lengths: tuple[int, ...]
 
     def training(self) -> list[str]:
-        return [*self._script("auto"), *_words(self.given)]
+        return [*self._script("auto"), *words_of(self.given)]
 
     def testing(self) -> list[str]:
-        given = {name: self.given[name] for name in ("backend", "device", "dist_backend") if name in self.given}
-        lengths = {"sequence_length": ",".join(map(str, self.test_lengths))}
-        return [*self._script(self.folder / checkpoints.BEST), "--evaluate", *_words(given | lengths)]
+        """With the backend that it was trained with, which its checkpoint names."""
+        return [*self._script(self.folder / checkpoints.BEST), "--evaluate", *words_of({"sequence_length": self.test_lengths})]
 
     def _script(self, resume: Path | str) -> list[str]:
         return [sys.executable, str(SCRIPT), "--output_dir", str(self.folder), "--resume", str(resume)]
 
     def epochs_done(self) -> int:
+        """By the checkpoint, which alone decides where a run continues; what is wrong with one, the task script says."""
         try:
-            return (self.folder / METRICS).read_bytes().count(b"\n")
-        except OSError:
+            return checkpoints.load(self.folder / checkpoints.LAST)["epoch"]
+        except UserError:
             return 0
 
     def is_trained(self) -> bool:
@@ -116,7 +129,7 @@ class Job:
 
     def is_tested(self) -> bool:
         """The best network, at these lengths."""
-        table = self.folder / TABLE
+        table = self.folder / run.TABLE
         try:
             lengths = tuple(int(row["sequence_length"]) for row in csv.DictReader(table.read_text().splitlines()))
             return lengths == self.test_lengths and table.stat().st_mtime >= (self.folder / checkpoints.BEST).stat().st_mtime
@@ -125,37 +138,21 @@ class Job:
 
     def differences(self, record: dict[str, Any]) -> list[str]:
         """A phrase for each option by which a recorded run was trained otherwise than the sweep file says."""
-        record = _DEFAULTS | record
-        names = sorted(_RESULT_DEPENDS_ON | ({"backend"} & self.given.keys()))
+        record = DEFAULTS | record
+        names = [*DECISIVE, "backend"] if "backend" in self.given else DECISIVE
         return [f"{name} {self.options[name]} (run: {record[name]})" for name in names if self.options[name] != record[name]]
 
     def refuse_another_run(self) -> None:
         """See that no run stands in the folder that is of other options; more epochs continue one."""
-        if (self.folder / OPTIONS).exists():
-            record = (read_yaml(self.folder / OPTIONS) or {}) | {"epochs": max(self.epochs_done(), self.options["epochs"])}
+        if (path := self.folder / run.OPTIONS).exists():
+            try:
+                record = PARSER.given(words_of_yaml(path))
+            except UsageError as wrong:
+                raise UserError(f"{path}: {wrong}; correct it or choose another --output_dir") from None
+            record["epochs"] = max(self.epochs_done(), self.options["epochs"])
             if differences := self.differences(record):
                 other = f"is another run: {', '.join(differences)}; choose another --output_dir or group name"
                 raise UserError(f"{self.folder}: {other}")
-
-
-def _words(options: dict[str, Any]) -> list[str]:
-    """Options as one gives them on a command line."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", "none" if value is None else str(value)]
-    return words
-
-
-def read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}") from failure
-    except (yaml.YAMLError, UnicodeDecodeError) as failure:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(failure).split())}); correct or remove it") from failure
 
 
 def read_sweep(path: Path, output_dir: Path) -> list[Job]:
@@ -164,48 +161,59 @@ def read_sweep(path: Path, output_dir: Path) -> list[Job]:
     Raises:
         UserError: unreadable, or a group or an option is wrong.
     """
-    groups = read_yaml(path)
+    try:
+        groups = read_words(path)
+    except UsageError as wrong:
+        raise UserError(f"{path}: {wrong}") from None
     groups = groups if isinstance(groups, dict) else {"": groups}
-    blocks = [(str(name), block) for name, group in groups.items() for block in (group if isinstance(group, list) else [group])]
+    blocks = [(name, block) for name, group in groups.items() for block in (group if isinstance(group, list) else [group])]
     if not all(name and isinstance(block, dict) for name, block in blocks):
         raise UserError(f"{path}: must hold groups of options (see the head of {Path(__file__).name})")
-    jobs = [job for name, block in blocks for job in _jobs(f"{path}: {name}", name, block, output_dir)]
+    jobs = []
+    for name, block in blocks:
+        try:
+            jobs += _jobs(name, block, output_dir)
+        except UsageError as wrong:
+            raise UserError(f"{path}: {name}: {wrong}") from None
     names = [job.name for job in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path}: {', '.join(twice)}: twice; give the option that differs as a list")
     return jobs
 
 
-def _jobs(where: str, group_name: str, group: dict[str, Any], output_dir: Path) -> Iterator[Job]:
-    group = dict(group)
-    test_lengths = group.pop("test_lengths", None)
-    lists = {name: values for name, values in group.items() if isinstance(values, list)}
+def _jobs(group_name: str, block: dict[str, Any], output_dir: Path) -> Iterator[Job]:
+    block = {name.replace("-", "_"): value for name, value in block.items()}
+    test_lengths = block.pop("test_lengths", None)
+    lists = {name: values for name, values in block.items() if isinstance(values, list)}
     for combination in itertools.product(*lists.values()):
-        chosen = dict(zip(lists, combination, strict=True))
-        given = group | chosen
+        given = block | dict(zip(lists, combination, strict=True))
+        if wrong := [name for name, value in given.items() if not isinstance(value, str)]:
+            raise UsageError(f"{', '.join(wrong)}: must have one value, or a list of them")
+        if fixed := sorted(given.keys() & set(NOT_TO_SET)):
+            raise UsageError(f"{', '.join(fixed)}: the sweep itself sets it")
         if given.get("num_classes") == "sequence_length":
-            given["num_classes"] = given.get("sequence_length", _DEFAULTS["sequence_length"])
-        if fixed := sorted(_NOT_TO_SET & given.keys()):
-            raise UserError(f"{where}: {', '.join(fixed)}: the sweep itself sets it")
-        options = _resolve(where, _words(given))
+            given["num_classes"] = given.get("sequence_length", str(DEFAULTS["sequence_length"]))
+        options = _options(given)
         if options["seed"] is None:
-            raise UserError(f"{where}: seed: a sweep needs seeds, so that its runs can be repeated")
-        tested = options.all_lengths
+            raise UsageError("seed: a sweep needs seeds, so that its runs can be repeated")
+        tested = options["sequence_length"]
         if test_lengths is not None:
-            words = _words(given | {"sequence_length": test_lengths, "evaluate": True})
-            tested = _resolve(f"{where}: test_lengths", words).all_lengths
-        run_name = "-".join(f"{name}{value}" for name, value in chosen.items()) or "run"
-        yield Job(f"{group_name}/{run_name}", output_dir / group_name / run_name, given, options.values, tested)
+            try:
+                tested = _options(given | {"sequence_length": test_lengths, "evaluate": True})["sequence_length"]
+            except UsageError as wrong:
+                raise UsageError(f"test_lengths: {wrong}") from None
+        # A switch is named True or False, however the file spells it.
+        values = {name: options[name] if isinstance(options.get(name), bool) else given[name] for name in lists}
+        run_name = "-".join(f"{name}{value}" for name, value in values.items()) or "run"
+        lengths = tested if isinstance(tested, tuple) else (tested,)
+        yield Job(f"{group_name}/{run_name}", output_dir / group_name / run_name, given, options, lengths)
 
 
-def _resolve(where: str, words: list[str]) -> Options:
-    """All options of the task script, those on this command line and the defaults."""
-    try:
-        options = Parser("", TASK_GROUPS).parse(words)
-        options.check_combination()
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return options
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """All options of the task script, these and the defaults. Raises UsageError."""
+    args = PARSER.complete(PARSER.given(words_of(given)))
+    task.check_together(args)
+    return vars(args)
 
 
 # Running
@@ -213,8 +221,7 @@ def _resolve(where: str, words: list[str]) -> Options:
 
 def find_gpus(jobs: int | None, threads: int) -> list[str | None]:
     """For each run at a time, its CUDA_VISIBLE_DEVICES; None: as it is."""
-    count = torch.cuda.device_count()
-    if count:
+    if count := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",")[:count] if visible else [str(n) for n in range(count)]
         return [gpus[n % count] for n in range(jobs or count)]
@@ -222,110 +229,67 @@ def find_gpus(jobs: int | None, threads: int) -> list[str | None]:
     return [None] * (jobs or max(1, cores // threads))
 
 
-@dataclass
-class Child:
-    """A run at work."""
+def work(jobs: list[Job], outcomes: dict[str, str], threads: int, interruption: Interruption, gpu: str | None) -> None:
+    """One place of a sweep: train and test what nobody is at, until every run has ended, here or in another sweep."""
+    while (waiting := [job for job in jobs if job.name not in outcomes]) and not interruption.signal:
+        for job in waiting:
+            with hold(job.folder) as is_ours:
+                if is_ours and job.name not in outcomes:
+                    outcome = attend(job, gpu, threads, interruption)
+                    if outcome is not None:
+                        outcomes[job.name] = outcome
+        time.sleep(POLL_SECONDS)
 
-    job: Job
-    gpu: str | None
-    process: subprocess.Popen
-    testing: bool
-    lock: IO
-    epochs: int  # that have been reported
 
-
-class Sweep:
-    """Keeps its places (one per GPU, or `jobs`) busy until all runs are trained and tested, by it or by another sweep.
-
-    A run is locked by the sweep that works on it. The system releases the lock when that sweep and its run have ended, however
-    they end, so that another sweep takes over what a dead machine held.
-    """
-
-    def __init__(self, jobs: list[Job], gpus: list[str | None], threads: int):
-        self.jobs, self.free, self.threads = jobs, list(gpus), threads
-        self.waiting, self.children, self.failed, self.done = list(jobs), [], [], 0
-        self.commit = commit()
-
-    def work(self, interruption: Interruption) -> int:
-        """Returns the exit status: 1 if runs failed, 128 plus the number of the signal after one."""
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[bool]:
+    """Keep others off a run; False where another place or sweep, or a training that outlived its sweep, is at it. The system
+    releases the locks of a process that ends, however it does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
         try:
-            while (self.waiting or self.children) and not interruption.signal:
-                for job in list(self.waiting):
-                    if self.free and (lock := hold(job.folder, LOCK)):
-                        self.waiting.remove(job)
-                        self._begin(job, self.free.pop(0), lock)
-                time.sleep(POLL_SECONDS)
-                self._collect()
-        finally:
-            self._stop()
-        stopped = len(self.jobs) - self.done - len(self.failed)
-        say(f"{self.done} of {len(self.jobs)} runs done, {len(self.failed)} failed, {stopped} unfinished")
-        for job, reason in self.failed:
-            say(f"failed: {job.name}: {reason} ({job.folder / LOG})")
-        return interruption.status or (1 if self.failed else 0)
-
-    def _begin(self, job: Job, gpu: str | None, lock: IO) -> None:
-        """Start what a run needs next, if it needs anything."""
-        testing = job.is_trained()
-        if testing and job.is_tested():
-            self._end(gpu, lock)
-            self.done += 1
+            held.enter_context(FileLock(folder / LOCK).acquire(timeout=0))
+            FileLock(folder / run.LOCK).acquire(timeout=0).lock.release()  # a training's own
+        except Timeout:
+            yield False
             return
-        command = job.testing() if testing else job.training()
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        except NotImplementedError:  # no locks on this file system; the task script warns
+            pass
+        yield True
+
+
+def attend(job: Job, gpu: str | None, threads: int, interruption: Interruption) -> str | None:
+    """Train and test a run as far as that is not done. Returns why it failed, empty if it is done, None if interrupted."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+    for what, is_done, command in (("train", job.is_trained, job.training()), ("test", job.is_tested, job.testing())):
+        if interruption.signal:
+            return None
+        if is_done():
+            continue
+        say(f"{job.name}: {what}{f' on GPU {gpu}' if gpu else ''}")
         with open(job.folder / LOG, "a") as log, open(job.folder / COMMANDS, "a") as record:
             # The number of threads decides the last digits.
-            record.write(f"{self.commit}: OMP_NUM_THREADS={self.threads} {shown(command)}\n")
+            record.write(f"{run.commit()}: OMP_NUM_THREADS={threads} {shown(command)}\n")
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-            process = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], **quiet)
-        self.children.append(Child(job, gpu, process, testing, lock, job.epochs_done()))
-        say(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}")
-
-    def _collect(self) -> None:
-        for child in list(self.children):
-            job, status = child.job, child.process.poll()
-            if status is None:
-                if (epochs := job.epochs_done()) > child.epochs:
-                    child.epochs = epochs
-                    say(f"{job.name}: epoch {epochs}/{job.options['epochs']}")
-                continue
-            self.children.remove(child)
-            last = last_line(job.folder / LOG)
-            if status == 0 and not child.testing:
-                self._begin(job, child.gpu, child.lock)
-                continue
-            self._end(child.gpu, child.lock)
-            say(f"{job.name}: {'failed: ' * bool(status)}{last or f'exit status {status}'}")
-            if status:
-                self.failed.append((job, last or f"exit status {status}"))
-            else:
-                self.done += 1
-
-    def _end(self, gpu: str | None, lock: IO) -> None:
-        self.free.append(gpu)
-        lock.close()
-
-    def _stop(self) -> None:
-        """Let the children save, and wait for them."""
-        for child in self.children:
-            child.process.send_signal(signal.SIGTERM)
-        if self.children:
-            say(f"waiting for {len(self.children)} runs to save")
-        for child in self.children:
-            child.process.wait()
-            child.lock.close()
+            process = subprocess.Popen(command, env=environment, **quiet)
+        while process.poll() is None and not interruption.signal:
+            time.sleep(POLL_SECONDS)
+        if interruption.signal:
+            process.terminate()  # it saves
+        if (status := process.wait()) and interruption.signal:
+            return None
+        lines = (job.folder / LOG).read_text(errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {status}")
+        reason = f"killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else last
+        say(f"{job.name}: {'failed: ' * bool(status)}{reason}")
+        if status:
+            return reason
+    return ""
 
 
 def shown(command: list[str]) -> str:
     """A command as one types it in the checkout."""
-    return shlex.join(["python", *(word.removeprefix(f"{ROOT}/") for word in command[1:])])
-
-
-def last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return shlex.join(["python", *(word.removeprefix(f"{SCRIPT.parent}/") for word in command[1:])])
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def test_lists_make_runs(tmp_path):
     assert [job.options["num_classes"] for job in jobs] == [2, 2, 5, 5, 30]
     assert [job.test_lengths for job in jobs] == [(2,), (2,), (5,), (5,), tuple(range(2, 31))]
     assert [job.options["epochs"] for job in jobs] == [7, 7, 7, 7, 250]
-    assert jobs[-1].training()[-1] == "--perfect_reset"
-    assert jobs[-1].testing()[-2:] == ["--sequence_length", ",".join(map(str, range(2, 31)))]
+    assert jobs[-1].training()[-1] == "--perfect_reset=true"
+    assert jobs[-1].testing()[-2:] == ["--evaluate", f"--sequence_length={','.join(map(str, range(2, 31)))}"]
 
 
 @pytest.mark.parametrize(
