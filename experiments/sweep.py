@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,16 +53,7 @@ say = functools.partial(print, flush=True)
 PARSER = Parser("")
 RECORDED = task.add_options(PARSER)
 DEFAULTS = vars(PARSER.complete())
-NOT_TO_SET = (
-    "config",
-    "resume",
-    "evaluate",
-    "print_options",
-    "output_dir",
-    "gpu",
-    "multiprocessing_distributed",
-    "start_epoch",
-)
+NOT_TO_SET = set("config resume evaluate print_options output_dir gpu multiprocessing_distributed start_epoch".split())
 # What a run finds depends on the others.
 DECISIVE = [n for n in RECORDED if n not in ("workers", "prefetch_factor", "device", "backend", "print_freq", "logging")]
 
@@ -69,28 +61,26 @@ DECISIVE = [n for n in RECORDED if n not in ("workers", "prefetch_factor", "devi
 @in_one_line
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    positive = number(int, 1)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="the runs (the head of this module describes the file)")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of the sweep")
-    parser.add_argument("--jobs", type=positive, help="runs at a time (default: one per GPU; without GPUs, cores // threads)")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run (default: 1)")
+    parser.add_argument("--jobs", type=number(int, 1), help="runs at a time (default: the GPUs, or cores // threads)")
+    parser.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads of a run (default: 1)")
     parser.add_argument("--list", action="store_true", help="print the command of each run, and stop")
     args = parser.parse_args(argv)
     jobs = read_sweep(args.sweep, args.output_dir)
     if args.list:
-        print(*(shown(job.training()) for job in jobs), sep="\n")
+        print(*(shown(job.command(testing=False)) for job in jobs), sep="\n")
         return 0
     for job in jobs:
         job.refuse_another_run()
-    outcomes: dict[str, str] = {}  # of a run that has ended; empty: it is done
-    places = find_gpus(args.jobs, args.threads)
-    with Interruption(patient=True) as interruption, ThreadPoolExecutor(len(places)) as pool:
-        list(pool.map(functools.partial(work, jobs, outcomes, args.threads, interruption), places))
-    failed = [job for job in jobs if outcomes.get(job.name)]
-    done, left = len(outcomes) - len(failed), len(jobs) - len(outcomes)
+    waiting, ended, gpus = deque(jobs), [], find_gpus(args.jobs, args.threads)
+    with Interruption(patient=True) as interruption, ThreadPoolExecutor(len(gpus)) as places:
+        list(places.map(functools.partial(work, waiting, ended, args.threads, interruption), gpus))
+    failed = [(job, reason) for job, reason in ended if reason]
+    done, left = len(ended) - len(failed), len(jobs) - len(ended)
     say(f"{done} of {len(jobs)} runs done, {len(failed)} failed, {left} unfinished")
-    for job in failed:
-        say(f"failed: {job.name}: {outcomes[job.name]} ({job.folder / LOG})")
+    for job, reason in failed:
+        say(f"failed: {job.name}: {reason} ({job.folder / LOG})")
     return interruption.status or int(bool(failed))
 
 
@@ -107,15 +97,11 @@ class Job:
     options: dict[str, Any]  # all of them
     test_lengths: tuple[int, ...]
 
-    def training(self) -> list[str]:
-        return [*self._script("auto"), *words_of(self.given)]
-
-    def testing(self) -> list[str]:
-        """With the backend that it was trained with, which its checkpoint names."""
-        return [*self._script(self.folder / checkpoints.BEST), "--evaluate", *words_of({"sequence_length": self.test_lengths})]
-
-    def _script(self, resume: Path | str) -> list[str]:
-        return [sys.executable, str(SCRIPT), "--output_dir", str(self.folder), "--resume", str(resume)]
+    def command(self, testing: bool) -> list[str]:
+        """Testing takes the backend from the checkpoint."""
+        resume = self.folder / checkpoints.BEST if testing else "auto"
+        words = ["--evaluate", *words_of({"sequence_length": self.test_lengths})] if testing else words_of(self.given)
+        return [sys.executable, str(SCRIPT), "--output_dir", str(self.folder), "--resume", str(resume), *words]
 
     def epochs_done(self) -> int:
         """By the checkpoint, which alone decides where a run continues; what is wrong with one, the task script says."""
@@ -124,16 +110,13 @@ class Job:
         except UserError:
             return 0
 
-    def is_trained(self) -> bool:
-        return self.epochs_done() >= self.options["epochs"]
-
     def is_tested(self) -> bool:
         """The best network, at these lengths."""
         table = self.folder / run.TABLE
         try:
             lengths = tuple(int(row["sequence_length"]) for row in csv.DictReader(table.read_text().splitlines()))
             return lengths == self.test_lengths and table.stat().st_mtime >= (self.folder / checkpoints.BEST).stat().st_mtime
-        except (OSError, KeyError, ValueError):
+        except (OSError, KeyError, TypeError, ValueError, csv.Error):
             return False
 
     def differences(self, record: dict[str, Any]) -> list[str]:
@@ -161,52 +144,47 @@ def read_sweep(path: Path, output_dir: Path) -> list[Job]:
     Raises:
         UserError: unreadable, or a group or an option is wrong.
     """
+    jobs, name = [], "the file"
     try:
-        groups = read_words(path)
+        found = read_words(path)
+        groups = found if isinstance(found, dict) else {name: found}
+        for name in groups:
+            for block in groups[name] if isinstance(groups[name], list) else [groups[name]]:
+                jobs += _jobs(name, block, output_dir)
     except UsageError as wrong:
-        raise UserError(f"{path}: {wrong}") from None
-    groups = groups if isinstance(groups, dict) else {"": groups}
-    blocks = [(name, block) for name, group in groups.items() for block in (group if isinstance(group, list) else [group])]
-    if not all(name and isinstance(block, dict) for name, block in blocks):
-        raise UserError(f"{path}: must hold groups of options (see the head of {Path(__file__).name})")
-    jobs = []
-    for name, block in blocks:
-        try:
-            jobs += _jobs(name, block, output_dir)
-        except UsageError as wrong:
-            raise UserError(f"{path}: {name}: {wrong}") from None
+        raise UserError(f"{path}: {name}: {wrong}") from None
     names = [job.name for job in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path}: {', '.join(twice)}: twice; give the option that differs as a list")
     return jobs
 
 
-def _jobs(group_name: str, block: dict[str, Any], output_dir: Path) -> Iterator[Job]:
+def _jobs(group_name: str, block: Any, output_dir: Path) -> Iterator[Job]:
+    if not isinstance(block, dict):
+        raise UsageError(f"must hold options, or a list of blocks of them (see the head of {Path(__file__).name})")
     block = {name.replace("-", "_"): value for name, value in block.items()}
     test_lengths = block.pop("test_lengths", None)
+    if fixed := sorted(NOT_TO_SET & block.keys()):
+        raise UsageError(f"{', '.join(fixed)}: the sweep itself sets it")
     lists = {name: values for name, values in block.items() if isinstance(values, list)}
     for combination in itertools.product(*lists.values()):
         given = block | dict(zip(lists, combination, strict=True))
         if wrong := [name for name, value in given.items() if not isinstance(value, str)]:
             raise UsageError(f"{', '.join(wrong)}: must have one value, or a list of them")
-        if fixed := sorted(given.keys() & set(NOT_TO_SET)):
-            raise UsageError(f"{', '.join(fixed)}: the sweep itself sets it")
         if given.get("num_classes") == "sequence_length":
             given["num_classes"] = given.get("sequence_length", str(DEFAULTS["sequence_length"]))
         options = _options(given)
         if options["seed"] is None:
             raise UsageError("seed: a sweep needs seeds, so that its runs can be repeated")
-        tested = options["sequence_length"]
-        if test_lengths is not None:
-            try:
-                tested = _options(given | {"sequence_length": test_lengths, "evaluate": True})["sequence_length"]
-            except UsageError as wrong:
-                raise UsageError(f"test_lengths: {wrong}") from None
+        try:
+            tested = {"sequence_length": test_lengths or options["sequence_length"], "evaluate": True}
+            lengths = _options(given | tested)["sequence_length"]
+        except UsageError as wrong:
+            raise UsageError(f"test_lengths: {wrong}") from None
         # A switch is named True or False, however the file spells it.
         values = {name: options[name] if isinstance(options.get(name), bool) else given[name] for name in lists}
-        run_name = "-".join(f"{name}{value}" for name, value in values.items()) or "run"
-        lengths = tested if isinstance(tested, tuple) else (tested,)
-        yield Job(f"{group_name}/{run_name}", output_dir / group_name / run_name, given, options, lengths)
+        name = f"{group_name}/{'-'.join(f'{name}{value}' for name, value in values.items()) or 'run'}"
+        yield Job(name, output_dir / name, given, options, lengths if isinstance(lengths, tuple) else (lengths,))
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
@@ -229,57 +207,59 @@ def find_gpus(jobs: int | None, threads: int) -> list[str | None]:
     return [None] * (jobs or max(1, cores // threads))
 
 
-def work(jobs: list[Job], outcomes: dict[str, str], threads: int, interruption: Interruption, gpu: str | None) -> None:
-    """One place of a sweep: train and test what nobody is at, until every run has ended, here or in another sweep."""
-    while (waiting := [job for job in jobs if job.name not in outcomes]) and not interruption.signal:
-        for job in waiting:
+def work(waiting: deque[Job], ended: list[tuple[Job, str]], threads: int, interruption: Interruption, gpu: str | None) -> None:
+    """One place of a sweep: train and test what nobody is at, until no run waits. `ended` gets runs and why they failed."""
+    while not interruption.signal:
+        try:
+            job = waiting.popleft()
+        except IndexError:
+            return
+        try:
             with hold(job.folder) as is_ours:
-                if is_ours and job.name not in outcomes:
-                    outcome = attend(job, gpu, threads, interruption)
-                    if outcome is not None:
-                        outcomes[job.name] = outcome
-        time.sleep(POLL_SECONDS)
+                reason = attend(job, gpu, threads, interruption) if is_ours else None
+        except OSError as failure:
+            is_ours, reason = True, str(failure)
+        if reason is not None:
+            ended.append((job, reason))
+        if not is_ours:
+            waiting.append(job)
+            time.sleep(POLL_SECONDS / (len(waiting) + 1))
 
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[bool]:
-    """Keep others off a run; False where another place or sweep, or a training that outlived its sweep, is at it. The system
-    releases the locks of a process that ends, however it does."""
+    """Keep other sweeps off a run, until this process ends, however it does; False where another process is at it."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(FileLock(folder / LOCK).acquire(timeout=0))
-            FileLock(folder / run.LOCK).acquire(timeout=0).lock.release()  # a training's own
-        except Timeout:
-            yield False
-            return
-        except NotImplementedError:  # no locks on this file system; the task script warns
-            pass
-        yield True
+            FileLock(folder / run.LOCK).acquire(timeout=0).lock.release()  # of a training, which may outlive its sweep
+            is_ours = True
+        except (Timeout, NotImplementedError) as failure:
+            is_ours = not isinstance(failure, Timeout)  # without locks on this file system; the task script warns
+        yield is_ours
 
 
 def attend(job: Job, gpu: str | None, threads: int, interruption: Interruption) -> str | None:
     """Train and test a run as far as that is not done. Returns why it failed, empty if it is done, None if interrupted."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-    for what, is_done, command in (("train", job.is_trained, job.training()), ("test", job.is_tested, job.testing())):
-        if interruption.signal:
-            return None
-        if is_done():
+    for testing in (False, True):
+        if job.is_tested() if testing else job.epochs_done() >= job.options["epochs"]:
             continue
-        say(f"{job.name}: {what}{f' on GPU {gpu}' if gpu else ''}")
+        say(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}")
         with open(job.folder / LOG, "a") as log, open(job.folder / COMMANDS, "a") as record:
             # The number of threads decides the last digits.
-            record.write(f"{run.commit()}: OMP_NUM_THREADS={threads} {shown(command)}\n")
+            record.write(f"{run.commit()}: OMP_NUM_THREADS={threads} {shown(job.command(testing))}\n")
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-            process = subprocess.Popen(command, env=environment, **quiet)
+            process = subprocess.Popen(job.command(testing), env=environment, **quiet)
         while process.poll() is None and not interruption.signal:
             time.sleep(POLL_SECONDS)
         if interruption.signal:
             process.terminate()  # it saves
-        if (status := process.wait()) and interruption.signal:
+            process.wait()
             return None
-        lines = (job.folder / LOG).read_text(errors="replace").splitlines()
-        last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {status}")
+        status, printed = process.returncode, (job.folder / LOG).read_text(errors="replace").strip()
+        last = printed.splitlines()[-1] if printed else f"exit status {status}"
         reason = f"killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else last
         say(f"{job.name}: {'failed: ' * bool(status)}{reason}")
         if status:
