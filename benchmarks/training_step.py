@@ -29,52 +29,65 @@ import models
 from models import POPULATIONS
 from utils import checkpoints
 from utils.errors import UserError
-from utils.options import MODEL, TASK_GROUPS, Parser
 
 NEW = "new"
 EPOCH = 1  # the first one with the regularization
+LEARNING_RATE, L2, TARGET_RATE, MAX_GRAD_NORM, DATASET_SEED = 0.003, 1e-5, 0.0, 40.0, 42  # the defaults of the task script
 HEAD = "backend", "network", "pairs", "memory size", "batch", "s a step", "samples/s", "of a 4096³ product", "peak MiB"
 
 
 class Training:
-    """The network of a case (new, from seed 0, or a checkpoint's) in training, on one batch after the other."""
+    """The network of a case (new, from seed 0, or a checkpoint's) in training, on one batch after the other.
 
-    def __init__(self, case: dict, backend: str, device: str, dtype=torch.float32, **changes):
-        self.options = Parser("", TASK_GROUPS).parse([])
-        if case["network"] == NEW:
-            sizes = {"sequence_length": case["length"], "num_classes": case["length"], "memory_size": case["memory_size"]}
-            self.options.values |= sizes
-        else:
-            checkpoint = checkpoints.load(case["network"])
-            self.options.adopt(checkpoint["params"], MODEL)
-        self.options.values |= {"batch_size": case["batch"]} | changes
-        torch.manual_seed(0)
-        self.model = models.build_model(self.options.values, backend)
+    Args:
+        model: options of the network in place of the case's.
+    """
+
+    def __init__(
+        self,
+        case: dict,
+        backend: str,
+        device: str,
+        dtype=torch.float32,
+        *,
+        learning_rate: float = LEARNING_RATE,
+        max_grad_norm: float = MAX_GRAD_NORM,
+        **model,
+    ):
+        params = {"num_classes": case["length"], "memory_size": case["memory_size"]}
+        checkpoint = None
         if case["network"] != NEW:
+            checkpoint = checkpoints.load(case["network"])
+            params = checkpoint["params"]
+        self.length, self.batch_size, self.max_grad_norm = case["length"], case["batch"], max_grad_norm
+        torch.manual_seed(0)
+        self.model = models.build_model(params | model, backend)
+        if checkpoint:
             self.model.load_state_dict(checkpoint["state_dict"])
         self.model.to(torch.device(device), dtype)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.options["learning_rate"])
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
         self.draw(0)
 
     def draw(self, number: int) -> None:
         """A batch."""
-        first, size = number * self.options["batch_size"], self.options["batch_size"]
-        batch = data.training_samples(first, first + size, EPOCH, **data.sizes(self.options))
+        first, sizes = number * self.batch_size, self.model.sizes
+        task = {"num_classes": sizes.num_classes, "feature_size": sizes.feature_size, "dataset_seed": DATASET_SEED}
+        batch = data.training_samples(first, first + self.batch_size, EPOCH, self.length, **task)
         weight = self.model.output_layer.weight
         features, query = batch.features.to(weight), batch.query.to(weight)
         self.batch = data.Samples(features, batch.labels.to(weight.device), query, batch.answer.to(weight.device))
 
     def step(self) -> None:
-        values = {"batch_size": self.options["batch_size"], "l2": self.options["l2"], "options": self.options}
-        task.train_step(self.model, self.optimizer, self.batch, **values, where="")
+        strengths = {"l2": L2, "target_rate": TARGET_RATE, "max_grad_norm": self.max_grad_norm}
+        task.train_step(self.model, self.optimizer, self.batch, batch_size=self.batch_size, **strengths, where="")
 
 
 def check(case: dict) -> str | None:
     """What differs from the reference at two samples of up to five pairs in float64, or None."""
     results = []
-    changes = {"num_time_steps": 40, "batch_size": 2, "max_grad_norm": 0.0, "sequence_length": min(case["length"], 5)}
+    small = case | {"batch": 2, "length": min(case["length"], 5)}
     for backend in (case["backend"], "reference"):
-        training = Training(case, backend, "cpu", torch.float64, **changes)
+        training = Training(small, backend, "cpu", torch.float64, num_time_steps=40, max_grad_norm=0.0)
         batch = training.batch
         with torch.no_grad():
             activity = training.model(batch.features, batch.labels, batch.query, record=True).activity

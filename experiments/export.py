@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from experiments.sweep import DEFAULTS
 from utils import checkpoints
 from utils.errors import UserError, in_one_line
-from utils.options import MODEL, TASK_GROUPS
 
 # The published program's options, in its order; `distributed` is what it makes of them.
 PUBLISHED_OPTIONS = """sequence_length num_classes feature_size inf_data num_time_steps workers prefetch_factor embedding_size
@@ -35,11 +35,11 @@ def main(argv=None) -> int:
 
 def published(checkpoint: dict, source: Path) -> dict:
     """The content of a published checkpoint. Raises UserError for a model option that the published program does not know."""
-    params, table = checkpoint["params"], {option.name: option for group in TASK_GROUPS.values() for option in group}
-    own = [option for option in MODEL if option.name not in PUBLISHED_OPTIONS]
-    if unknown := [f"{o.name} {params[o.name]}" for o in own if params.get(o.name, o.default) != o.default]:
+    params = DEFAULTS | checkpoint["params"]
+    own = [name for name in checkpoints.DEFAULTS if name not in PUBLISHED_OPTIONS]
+    if unknown := [f"{name} {params[name]}" for name in own if params[name] != DEFAULTS[name]]:
         raise UserError(f"{source}: the published program has no {', '.join(unknown)}")
-    options = {name: params.get(name, table[name].default) for name in PUBLISHED_OPTIONS}
+    options = {name: params[name] for name in PUBLISHED_OPTIONS}
     options |= {"inf_data": bool(options["inf_data"]), "resume": "", "evaluate": False, "distributed": False}
 
     weights = list(checkpoint["state_dict"].items())
@@ -49,8 +49,8 @@ def published(checkpoint: dict, source: Path) -> dict:
     if ours := checkpoint["optimizer"]:
         optimizer["param_groups"][0] |= {"lr": ours["param_groups"][0]["lr"]}
         optimizer["state"] = {number: ours["state"][n] for n, number in enumerate((0, 1, 3, 4, 5))}
-    kept = {name: checkpoint[name] for name in ("epoch", "log_dir", "time_stamp")}
-    kept |= {"state_dict": OrderedDict(weights), "best_acc": checkpoint["best_acc"].float(), "optimizer": optimizer}
+    kept = {"epoch": checkpoint["epoch"], "log_dir": str(source.parent), "time_stamp": "", "optimizer": optimizer}
+    kept |= {"state_dict": OrderedDict(weights), "best_acc": torch.tensor(checkpoint["best_acc"], dtype=torch.float32)}
     return kept | {"params": argparse.Namespace(**options)}
 
 

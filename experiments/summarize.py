@@ -17,11 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import models
+from experiments.sweep import DECISIVE, DEFAULTS
 from utils.errors import in_one_line
 from utils.figures import curves, save
 from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, new_figure, styled
 from utils.metrics import to_csv
-from utils.options import CURRICULUM, DATA, MODEL, TRAINING
 from utils.results import GROUP, Result, columns, read_results, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
@@ -35,8 +35,14 @@ LINES = {
     "ood_curriculum": "published options, curriculum, 12 epochs",
     "ood_published": "published options, 15 epochs",
 }
-# What a run may differ in without being trained in another way.
-_NOT_A_WAY_OF_TRAINING = {"sequence_length", "num_classes", "seed", "epochs", "workers", "prefetch_factor", "start_epoch"}
+# What a run may differ in without being trained in another way, and what is put in other words.
+_NOT_SHOWN = ("sequence_length", "num_classes", "seed", "epochs", "start_epoch", "curriculum_start", "curriculum_step")
+NOTE = (
+    "Mean ± standard deviation over the seeds. Validation: the best epoch. Test: published test set, the network of that "
+    "epoch. Learned: validation accuracy over halfway from guessing one of the labels shown to 100 %. Silent: the reading "
+    f"values fire at less than {models.SILENT_BELOW} Hz in the last epoch. Minutes: training and validation, mean over the "
+    "seeds, on shared machines of different speed; the first runs did not record them. Each run: table.csv."
+)
 
 
 @in_one_line
@@ -67,7 +73,7 @@ def summary(result: Result) -> dict[str, Any]:
     options, metrics = result.options, result.metrics
     validation = [line["validation_accuracy"] for line in metrics]
     best = int(np.argmax(validation)) if metrics else None
-    threshold = learned_above(options["sequence_length"])
+    threshold = (100 / options["sequence_length"] + 100) / 2  # halfway from guessing one of the labels shown to 100 %
     learned = next((epoch for epoch, accuracy in enumerate(validation, start=1) if accuracy > threshold), None)
     return {
         "run": result.name,
@@ -92,20 +98,12 @@ def accuracy_at(result: Result, length: int) -> float | None:
     return next((float(test["accuracy"]) for test in result.tests if int(test["sequence_length"]) == length), None)
 
 
-def learned_above(length: int) -> float:
-    """A network has learned when its validation accuracy is over halfway from guessing one of the labels shown to 100 %."""
-    return (100 / length + 100) / 2
-
-
 def outcome(result: Result, learned: int | None) -> str:
-    options = result.options
     if not result.metrics:
         return "not begun"
     if result.metrics[-1].get("read_value", np.inf) < models.SILENT_BELOW:
         return "silent"
-    if learned or options["num_classes"] == 1:
-        return "learned"
-    return "not learned so far"
+    return "learned" if learned or result.options["num_classes"] == 1 else "not learned so far"
 
 
 def way_of_training(options: dict[str, Any]) -> str:
@@ -113,11 +111,8 @@ def way_of_training(options: dict[str, Any]) -> str:
     words = []
     if options["curriculum_start"]:
         words.append(f"curriculum from {options['curriculum_start']}, {options['curriculum_step']} more each epoch")
-    shown = _NOT_A_WAY_OF_TRAINING | {option.name for option in CURRICULUM}
-    for option in (*MODEL, *DATA, *TRAINING):
-        value = options.get(option.name, option.default)
-        if option.name not in shown and value != option.default:
-            words.append(f"{option.name} {value}")
+    others = {name: options.get(name, DEFAULTS[name]) for name in DECISIVE if name not in _NOT_SHOWN}
+    words += [f"{name} {value}" for name, value in others.items() if value != DEFAULTS[name]]
     return ", ".join(words) or "published options"
 
 
@@ -134,9 +129,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         unfinished = [f"seed {row['seed']}: {row['epochs']}, unfinished" for row in seeds if row["state"] == "unfinished"]
         epochs = f"{of_epochs}" + (f" ({', '.join(unfinished)})" if unfinished else "")
         outcomes = [row["outcome"] for row in seeds]
-        learned = f"{outcomes.count('learned')} of {len(seeds)}" + (
-            f", {outcomes.count('silent')} silent" * ("silent" in outcomes)
-        )
+        learned = f"{outcomes.count('learned')} of {len(seeds)}"
+        learned += f", {outcomes.count('silent')} silent" * ("silent" in outcomes)
         tests = [row["test_accuracy"] for row in seeds]
         each = ", ".join("not tested" if test is None else f"{test:.2f}" for test in tests)
         minutes = [row["minutes"] for row in seeds if row["minutes"]]
@@ -144,15 +138,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         cells += mean_and_deviation([row["best_validation_accuracy"] for row in seeds]), mean_and_deviation(tests), each
         cells += (f"{np.mean(minutes):.0f}" if minutes else "",)
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += [
-        "",
-        "Mean ± standard deviation over the seeds. Validation: the best epoch. Test: published test set, the network "
-        "of that epoch. Learned: validation accuracy over halfway from guessing one of the labels shown to 100 %. Silent: the "
-        f"reading values fire at less than {models.SILENT_BELOW} Hz in the last epoch. Minutes: training and "
-        "validation, mean over the seeds, on shared machines of different speed; the first runs did not record them. Each run: "
-        "table.csv.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", NOTE]) + "\n"
 
 
 def mean_and_deviation(values: list[float | None]) -> str:
@@ -174,8 +160,14 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
     apart = [r for r in results if len(r.tests) > 1 and r.options["num_classes"] > r.options["sequence_length"]]
     if apart:
         labels = line_labels(group_of(result.name) for result in apart)
-        runs = [(result, label) for group, label in labels.items() for result in apart if group_of(result.name) == group]
-        yield "accuracy_by_tested_length", curves.accuracy_by_length([tested_lengths(*run) for run in runs])
+        drawn = [
+            # A run without a group is called by its options.
+            curves.Curves(label or way_of_training(o), columns(result.tests), o["num_classes"], o["sequence_length"])
+            for group, label in labels.items()
+            for result in apart
+            if group_of(result.name) == group and (o := result.options)
+        ]
+        yield "accuracy_by_tested_length", curves.accuracy_by_length(drawn)
 
 
 def group_of(run: str) -> str:
@@ -187,12 +179,6 @@ def line_labels(groups: Iterable[str]) -> dict[str, str]:
     """Labels of those in LINES; where there are none of them, every group is its own label."""
     groups = dict.fromkeys(groups)
     return {group: label for group, label in LINES.items() if group in groups} or {group: group for group in groups}
-
-
-def tested_lengths(result: Result, label: str) -> curves.Curves:
-    options = result.options
-    label = label or way_of_training(options)  # a run without a group
-    return curves.Curves(label, columns(result.tests), options["num_classes"], options["sequence_length"])
 
 
 @styled

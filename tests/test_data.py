@@ -79,7 +79,7 @@ def test_training_samples_are_the_task():
 def test_the_fixed_set_is_generated_once(monkeypatch):
     calls, generate = [], data.training_samples
     monkeypatch.setattr(data, "training_samples", lambda *arguments: calls.append(arguments) or generate(*arguments))
-    sizes = data.sizes({"sequence_length": 2, "num_classes": 3, "feature_size": 4}, dataset_seed=5)
+    sizes = {"sequence_length": 2, "num_classes": 3, "feature_size": 4, "dataset_seed": 5}
     parts = [data.fixed_training_samples(start, start + 3000, epoch=7, **sizes) for start in (0, 3000, 6000)]
     assert len(calls) == 1
     order = torch.from_numpy(data.training_order(7, 5))

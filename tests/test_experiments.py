@@ -7,17 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 import data
 import memorizing_associations_task as task
 from experiments import analyze, summarize, sweep
 from utils import checkpoints
 from utils import results as runs
+from utils import run as run_folder
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +56,63 @@ def test_lists_make_runs(tmp_path):
     assert [job.options["num_classes"] for job in jobs] == [2, 2, 5, 5, 30]
     assert [job.test_lengths for job in jobs] == [(2,), (2,), (5,), (5,), tuple(range(2, 31))]
     assert [job.options["epochs"] for job in jobs] == [7, 7, 7, 7, 250]
-    assert jobs[-1].training()[-1] == "--perfect_reset"
-    assert jobs[-1].testing()[-2:] == ["--sequence_length", ",".join(map(str, range(2, 31)))]
+    assert jobs[-1].command(testing=False)[-1] == "--perfect_reset=true"
+    assert jobs[-1].command(testing=True)[-2:] == ["--evaluate", f"--sequence_length={','.join(map(str, range(2, 31)))}"]
+
+
+def test_the_sweep_file_is_read_as_strictly_as_a_config(tmp_path):
+    """Words stay what they are on the command line, and merged blocks give way to what stands beside them."""
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "a: &a {seed: [010], batch-size: 7, perfect_reset: [true]}\nb: [{<<: *a, seed: [3], perfect-reset: false}]\n"
+    )
+    first, second = sweep.read_sweep(path, tmp_path)
+    assert (first.name, second.name) == ("a/seed010-perfect_resetTrue", "b/seed3")
+    wanted = {"seed": (10, 3), "batch_size": (7, 7), "perfect_reset": (True, False)}
+    assert {name: (first.options[name], second.options[name]) for name in wanted} == wanted
+    for text, words in {"a: {seed: 1, seed: 2}": "seed is there twice", "a: {seed: 1:30}": "1:30", "a:": "options"}.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            sweep.read_sweep(path, tmp_path)
+
+
+def signal_when(words, runs_that_print_them, folder, number, delay=0):
+    """Send a signal to this process."""
+
+    def wait():
+        while sum(words in log.read_text() for log in folder.rglob("log.txt")) < runs_that_print_them:
+            time.sleep(0.1)
+        time.sleep(delay)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_run_that_is_killed_is_reported_by_its_signal_and_one_that_another_process_holds_is_left_to_it(
+    tmp_path, monkeypatch, capsys
+):
+    path = write(tmp_path / "sweep.yaml", group={"seed": [1, 2]})
+    killed = [sys.executable, "-c", "import os; print('epoch 1', flush=True); os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(sweep.Job, "command", lambda *_, **__: killed)
+    held = FileLock(tmp_path / "group" / "seed1" / run_folder.LOCK)
+    Path(held.lock_file).parent.mkdir(parents=True)
+    with held:
+        signal_when("epoch 1", 1, tmp_path, signal.SIGTERM, delay=2)  # else it would wait for the other process
+        assert sweep.main([str(path), "--output_dir", str(tmp_path), "--jobs", "1"]) == 128 + signal.SIGTERM
+    out = capsys.readouterr().out
+    assert "0 of 2 runs done, 1 failed, 1 unfinished\nfailed: group/seed2: killed by signal 9 (Killed)" in out
+    assert "group/seed1" not in out
+
+
+def test_a_sweep_that_is_interrupted_lets_its_runs_save(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "sweep.yaml", group={"seed": [1, 2, 3]})
+    save = "import signal, time; signal.signal(15, lambda *_: exit(print('saved') or 143)); "
+    save += "print('at work', flush=True); time.sleep(60)"
+    monkeypatch.setattr(sweep.Job, "command", lambda *_, **__: [sys.executable, "-c", save])
+    signal_when("at work", 2, tmp_path, signal.SIGUSR1)
+    assert sweep.main([str(path), "--output_dir", str(tmp_path), "--jobs", "2"]) == 128 + signal.SIGUSR1
+    assert "0 of 3 runs done, 0 failed, 3 unfinished" in capsys.readouterr().out
+    assert [log.read_text() for log in tmp_path.rglob("log.txt")] == ["at work\nsaved\n"] * 2
 
 
 @pytest.mark.parametrize(
@@ -98,12 +156,16 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
     (tested,) = csv.DictReader(lines(whole / "accuracy_by_length.csv"))
     assert tested["sequence_length"] == "2"
 
-    # What is finished is not repeated.
-    before = {path: path.stat().st_mtime_ns for path in whole.iterdir() if path.name != ".sweep.lock"}
+    # What is finished is not repeated, though its metrics are lost.
+    metrics = whole / "metrics.jsonl"
+    kept = metrics.read_text()
+    metrics.unlink()
+    before = {path: path.stat().st_mtime_ns for path in whole.iterdir() if "lock" not in path.name}
     write(path, small=group | {"sequence_length": [2]})
     assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs"), "--jobs", "1"]) == 0
     assert "1 of 1 runs done, 0 failed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    metrics.write_text(kept)
     (job,) = sweep.read_sweep(path, tmp_path / "runs")
     assert job.is_tested() and not dataclasses.replace(job, test_lengths=(1, 2)).is_tested(), "tested at these lengths"
     os.utime(whole / checkpoints.BEST)

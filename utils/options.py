@@ -89,14 +89,19 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message if message.isprintable() else ascii(message))
 
 
-def words_of_yaml(path: Path) -> list[str]:
-    """A YAML file of options as words of a command line. Raises UsageError."""
+def read_words(path: Path) -> Any:
+    """What a YAML file holds; its scalars are words, as they stand there. Raises UsageError."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Words)
+        return yaml.load(path.read_text(encoding="utf-8"), _Words)
     except OSError as failure:
         raise UsageError(str(failure.strerror)) from failure
     except (yaml.YAMLError, ValueError, RecursionError, RuntimeError) as failure:
         raise UsageError(f"not a YAML file of options ({' '.join(str(failure).split())})") from failure
+
+
+def words_of_yaml(path: Path) -> list[str]:
+    """A YAML file of options as words of a command line. Raises UsageError."""
+    found = read_words(path)
     if not isinstance(found, dict | None):
         raise UsageError("must hold lines like 'memory_size: 100'")
     words = []
@@ -112,10 +117,19 @@ class _Words(yaml.BaseLoader):
     """YAML whose scalars stay words (null is none), so that `010` and `1:30` are what they are on the command line."""
 
     def construct_mapping(self, node, deep=False):
-        names = [str(self.construct_object(name, deep=True)).replace("-", "_") for name, _ in node.value]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.YAMLError(f"{twice} is there twice")
-        return {name: self.construct_object(value, deep=True) for name, (_, value) in zip(names, node.value, strict=True)}
+        found, merged, seen = {}, {}, set()
+        for name, value in ((self.construct_object(part, deep=True) for part in pair) for pair in node.value):
+            if (spelled := str(name).replace("-", "_")) in seen:
+                raise yaml.YAMLError(f"{spelled} is there twice")
+            seen.add(spelled)
+            if name != "<<":
+                found[str(name)] = value
+                continue
+            for other in value[::-1] if isinstance(value, list) else [value]:  # the first one counts
+                if not isinstance(other, dict):
+                    raise yaml.YAMLError("<< must be a mapping, or a list of them")
+                merged |= other
+        return merged | found
 
 
 _Words.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
