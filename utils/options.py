@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from utils.errors import UsageError
+from utils.errors import UsageError, shown
 
 # Options that are gone, each with the value at which it changed nothing; records and checkpoints of v0.3 hold some of them.
 REMOVED = {"network": "hebbian_snn", "rule": "hebbian", "rectified": "true", "positions": "false"}
@@ -53,9 +53,12 @@ class Parser(argparse.ArgumentParser):
         found: dict[str, Any] = {}
         for path in own.pop("config", ()):
             try:
-                found |= self._parse(words_of_yaml(Path(path).expanduser()))
+                words = words_of_yaml(Path(os.path.expanduser(path)))
+                if any(word.startswith("--config=") for word in words):
+                    raise UsageError("config: a file cannot name another one")
+                found |= self._parse(words)
             except UsageError as wrong:
-                raise UsageError(f"--config {path}: {wrong}") from None
+                raise UsageError(f"--config {shown(path)}: {wrong}") from None
         return found | own
 
     def complete(self, *values: Mapping[str, Any]) -> argparse.Namespace:
@@ -74,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(parsed).items() if value is not _ABSENT and name not in REMOVED}
 
     def _refuse(self, word: str) -> NoReturn:
-        name = word.partition("=")[0]
+        name = word.partition("=")[0][:80]
         if not name.startswith("--"):
             self.error(f"{short(word)}: not an option")
         if name == "--local_rank":
@@ -85,8 +88,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"{name}: no such option" + (f", did you mean --{close}?" if close else ""))
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.removeprefix("argument ").split())
-        raise UsageError(message if message.isprintable() else ascii(message))
+        raise UsageError(shown(message.removeprefix("argument ")))
 
 
 def words_of_yaml(path: Path) -> list[str]:
@@ -96,7 +98,7 @@ def words_of_yaml(path: Path) -> list[str]:
     except OSError as failure:
         raise UsageError(str(failure.strerror)) from failure
     except (yaml.YAMLError, ValueError, RecursionError, RuntimeError) as failure:
-        raise UsageError(f"not a YAML file of options ({' '.join(str(failure).split())})") from failure
+        raise UsageError(f"not a YAML file of options ({shown(failure)})") from failure
     if not isinstance(found, dict | None):
         raise UsageError("must hold lines like 'memory_size: 100'")
     words = []
@@ -112,10 +114,15 @@ class _Words(yaml.BaseLoader):
     """YAML whose scalars stay words (null is none), so that `010` and `1:30` are what they are on the command line."""
 
     def construct_mapping(self, node, deep=False):
-        names = [str(self.construct_object(name, deep=True)).replace("-", "_") for name, _ in node.value]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.YAMLError(f"{twice} is there twice")
-        return {name: self.construct_object(value, deep=True) for name, (_, value) in zip(names, node.value, strict=True)}
+        found = {}
+        for key, value in node.value:
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str):
+                raise yaml.YAMLError(f"{short(name)} is no option")
+            if (name := name.replace("-", "_")) in found:
+                raise yaml.YAMLError(f"{name} is there twice")
+            found[name] = self.construct_object(value, deep=True)
+        return found
 
 
 _Words.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -149,7 +156,8 @@ def differences(values: Mapping[str, Any], record: Mapping[str, Any], names: Seq
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable[[str], Any]:
-    """An int or a float from `low` to `high`, greater than `above`, and finite."""
+    """An int or a float from `low` to `high`, greater than `above`, and finite; an int of 64 bits."""
+    high = min(high, 2**63 - 1) if kind is int else high
 
     def convert(word: str):
         try:
@@ -157,8 +165,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
         except ValueError:
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {what}, not {short(word)}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be finite, not {word}")
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, not {short(word)}")
         bounds = {f"at least {low}": value < low, f"at most {high}": value > high, f"greater than {above}": value <= above}
         if wrong := [words for words, beyond in bounds.items() if beyond]:
             raise argparse.ArgumentTypeError(f"must be {wrong[0]}, not {short(word)}")
