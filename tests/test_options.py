@@ -196,6 +196,7 @@ def test_words_of_the_command_line(words, values):
         ("word", "'word': not an option"),
         ("-x", "'-x': not an option"),
         ("-- --thr", "--: no such option"),
+        ("--memory-size=--", "--memory_size: must have a value other than --"),
     ],
 )
 def test_impossible_command_lines_are_refused(arguments, names):

@@ -70,6 +70,9 @@ class Parser(argparse.ArgumentParser):
 
     def _parse(self, words: Sequence[str]) -> dict[str, Any]:
         words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+        for word in words:
+            if re.fullmatch("--[^=]+=--", word):  # argparse drops the value
+                self.error(f"{word.removesuffix('=--')[:80]}: must have a value other than --")
         absent = argparse.Namespace(**{action.dest: _ABSENT for action in self._actions if action.dest != "config"})
         parsed, unknown = self.parse_known_args(words, absent)
         if unknown:
