@@ -23,7 +23,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -206,7 +206,7 @@ def load(path: str | Path, *, neuron: Any = None, rule: Any = None) -> dict[str,
         if isinstance(params, argparse.Namespace):
             params = vars(params) | {"inf_data": int(params.inf_data)}
         params = _checked_constants(DEFAULTS | params)
-        _check_shapes(params, state_dict, {_NOT_LEARNED} if isinstance(content["params"], argparse.Namespace) else set())
+        _check_shapes(params, state_dict, [_NOT_LEARNED] if isinstance(content["params"], argparse.Namespace) else [])
         if not (state_dict.pop(_NOT_LEARNED, torch.ones(())) == 1).all():
             raise ValueError(f"state_dict: {_NOT_LEARNED} is not a matrix of ones")
         checkpoint |= {"params": params, "state_dict": state_dict, "optimizer": _adam(checkpoint["optimizer"], state_dict)}
@@ -296,10 +296,10 @@ def _check_plain(where: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         for one in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(one, bool | int | float | str | None) or (isinstance(one, int) and abs(one) >= 2**63):
-                raise ValueError(f"{where}: {short(name)} must not be {short(one)}")
+                raise ValueError(f"{where}: {short(name)} must be a number of 64 bits, a word, or a list of them")
 
 
-def _check_shapes(params: Mapping[str, Any], state_dict: Mapping[str, Tensor], optional: set[str]) -> None:
+def _check_shapes(params: Mapping[str, Any], state_dict: Mapping[str, Tensor], optional: Collection[str] = ()) -> None:
     """See that weights have the sizes of the options and storages of their own size, before anything is built from either."""
     classes, features, embedding, memory = (params[n] for n in ("num_classes", "feature_size", "embedding_size", "memory_size"))
     wanted = {
@@ -309,7 +309,7 @@ def _check_shapes(params: Mapping[str, Any], state_dict: Mapping[str, Tensor], o
         "reading_layer.W": (memory, embedding + memory),
         "output_layer.weight": (classes, memory),
     }
-    wanted |= {name: (embedding, embedding) for name in optional & state_dict.keys()}
+    wanted |= {name: (embedding, embedding) for name in optional if name in state_dict}
     found = {name: tuple(weight.shape) for name, weight in state_dict.items()}
     if wrong := [f"{n} {found.get(n)}, not {wanted.get(n)}" for n in {**wanted, **found} if found.get(n) != wanted.get(n)]:
         raise ValueError(f"does not fit the network ({'; '.join(wrong)})")
