@@ -166,6 +166,7 @@ def test_a_kill_while_the_first_checkpoint_is_written_leaves_a_folder_in_which_a
         assert in_child(lambda n=number, folder=folder: kill_while_writing(n, folder, 2)) == -signal.SIGKILL
         assert (folder / checkpoints.LAST).exists() == (number == 2)
         assert not (folder / OPTIONS).exists() and not (folder / METRICS).exists()
+        capfd.readouterr()
         assert train(folder, 2) == 0
         begins = f"--resume auto: no checkpoint in {folder}, a new run begins"
         assert (begins in capfd.readouterr().err) == (number < 2)
@@ -346,7 +347,8 @@ def test_not_finite_stops_before_the_step(options, message, tmp_path, capsys):
     assert message in refused(capsys, "--output_dir", tmp_path, "--epochs", 3, *options)
     finished = int(message.split(",")[0].removeprefix("epoch ")) - 1
     assert checkpoints.load(tmp_path / checkpoints.LAST)["epoch"] == finished
-    assert len((tmp_path / METRICS).read_text().splitlines()) == finished
+    lines = (tmp_path / METRICS).read_text().splitlines() if (tmp_path / METRICS).exists() else []
+    assert len(lines) == finished
 
 
 # Memory
