@@ -25,25 +25,28 @@ def history(folder) -> list[dict]:
     return [line | {"seconds": None} for line in read_metrics(folder / "metrics.jsonl")]
 
 
-def same(one, other) -> bool:
-    """Whether two nests of dictionaries, lists, tensors and plain values are equal, to the last bit."""
+def assert_same(one, other, where=""):
+    """Two nests of dictionaries, lists, tensors and plain values are the same to the last bit, but for `seconds`."""
+    assert type(one) is type(other), where
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one.keys() - {"seconds"}:
+            assert_same(one[name], other[name], f"{where} {name}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for number, (part, other_part) in enumerate(zip(one, other, strict=True)):
+            assert_same(part, other_part, f"{where} {number}")
+    else:
+        assert one == other, where
 
 
 def assert_same_run(ours, theirs, names=(checkpoints.LAST,)):
-    """Two folders hold the same training, to the last bit."""
-    keys = ("epoch", "sample", "state_dict", "optimizer", "history", "best_acc", "running")
+    """Two folders hold the same training, to the last bit; their options may differ."""
     for name in names:
-        one, other = ({key: checkpoints.load(folder / name)[key] for key in keys} for folder in (ours, theirs))
-        for line in (*one["history"], *other["history"]):
-            del line["seconds"]
-        assert same(one, other), f"{name} differs"
+        one, other = (checkpoints.load(folder / name) | {"params": None} for folder in (ours, theirs))
+        assert_same(one, other, name)
     assert history(ours) == history(theirs)
 
 

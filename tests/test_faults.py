@@ -1,6 +1,7 @@
 """Faults: kills, full disks, damaged files, numbers that are not finite. Nothing may be lost, and errors are one line."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -9,6 +10,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,10 +21,11 @@ from helpers import assert_same_run, refuse
 
 import data
 import memorizing_associations_task as task
-from utils import checkpoints
+from utils import checkpoints, run
 from utils.errors import UserError, out_of_memory_in_one_line
-from utils.run import METRICS, Run
+from utils.run import METRICS, OPTIONS
 
+ROOT = Path(__file__).parents[1]
 TINY = """--sequence_length 2 --num_classes 2 --num_time_steps 20 --embedding_size 8 --memory_size 8 --batch_size 64 --seed 1
     --device cpu --workers 1""".split()
 
@@ -152,8 +156,33 @@ def test_the_checkpoint_is_written_last(folder, monkeypatch):
     """Were it written before the metrics, a kill in between would lose the last epoch's line for good."""
     written, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: (written.append(Path(target).name), replace(source, target)))
-    Run(folder).save(checkpoints.load(folder / checkpoints.LAST), is_best=True)
+    run.save(folder, checkpoints.load(folder / checkpoints.LAST), is_best=True)
     assert written == [checkpoints.BEST, METRICS, checkpoints.LAST]
+
+
+def test_a_kill_while_the_first_checkpoint_is_written_leaves_a_folder_in_which_a_run_begins(tmp_path, whole, capfd):
+    for number in range(3):  # half of it written, not yet renamed, just renamed
+        folder = tmp_path / f"killed{number}"
+        assert in_child(lambda n=number, folder=folder: kill_while_writing(n, folder, 2)) == -signal.SIGKILL
+        assert (folder / checkpoints.LAST).exists() == (number == 2)
+        assert not (folder / OPTIONS).exists() and not (folder / METRICS).exists()
+        capfd.readouterr()
+        assert train(folder, 2) == 0
+        begins = f"--resume auto: no checkpoint in {folder}, a new run begins"
+        assert (begins in capfd.readouterr().err) == (number < 2)
+        assert_same_run(folder, whole, (checkpoints.LAST, checkpoints.BEST))
+        assert sorted(contents(folder)) == sorted(contents(whole))
+
+
+def test_a_first_checkpoint_is_there_before_anything_else(tmp_path, monkeypatch):
+    def stop(*_):
+        raise UserError("stopped by the test")
+
+    monkeypatch.setattr(run, "record", stop)
+    assert train(tmp_path, 2) == 1
+    assert contents(tmp_path).keys() == {checkpoints.LAST, run.LOCK}
+    checkpoint = checkpoints.load(tmp_path / checkpoints.LAST)
+    assert (checkpoint["epoch"], checkpoint["sample"], checkpoint["history"]) == (0, 0, [])
 
 
 def test_what_a_killed_writer_left_is_removed(folder):
@@ -167,23 +196,48 @@ def test_what_a_killed_writer_left_is_removed(folder):
 
 
 def test_second_run_into_one_folder_is_refused(folder, capsys):
-    first = Run(folder)
-    first.lock()
     before = contents(folder)
-    for arguments in ([], ["--resume", "auto", "--epochs", 3]):
-        assert "another training is writing into it" in refused(capsys, "--output_dir", folder, *arguments)
-    assert contents(folder) == before
-    del first
+    with run.locked(folder):
+        for arguments in ([], ["--resume", "auto", "--epochs", 3]):
+            assert "another process is writing into it" in refused(capsys, "--output_dir", folder, *arguments)
+        assert contents(folder) == before
+        script = "import sys, pathlib; from utils import run; run.locked(pathlib.Path(sys.argv[1])).__enter__()"
+        other = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, cwd=ROOT)
+        assert "another process is writing into it" in other.stderr.splitlines()[-1]
     assert train(folder, 2) == 0
 
 
-def test_folders_without_locks_are_told(tmp_path, monkeypatch, capsys):
-    def unsupported(*_):
-        raise OSError(38, "Function not implemented")
+def test_the_lock_is_released_when_main_returns_and_when_a_caller_keeps_what_it_raised(folder, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "train_step", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as kept:
+            train(folder, 3)
+    with run.locked(folder):
+        pass
+    assert train(folder, 3) == 0
+    with run.locked(folder):
+        assert kept
 
-    monkeypatch.setattr("utils.run.fcntl.flock", unsupported)
-    Run(tmp_path).lock()
-    assert "no locks there" in capsys.readouterr().out
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_folders_without_locks_are_told(number, tmp_path, monkeypatch, capsys):
+    def unsupported(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run.FileLock, "acquire", unsupported)
+    with run.locked(tmp_path):
+        assert "no locks there" in capsys.readouterr().out
+
+
+def test_a_run_without_a_checkpoint_is_not_begun_anew(folder, capsys):
+    for name in (checkpoints.LAST, checkpoints.BEST):
+        (folder / name).unlink()
+    before = contents(folder)
+    assert f"holds {OPTIONS} and {METRICS} of a run, but no checkpoint" in refused(
+        capsys, "--output_dir", folder, "--resume", "auto"
+    )
+    assert "holds a run already" in refused(capsys, "--output_dir", folder)
+    assert contents(folder) == before
 
 
 def test_no_checkpoint_is_overwritten_by_another_run(folder, whole, tmp_path, capsys):
@@ -194,13 +248,17 @@ def test_no_checkpoint_is_overwritten_by_another_run(folder, whole, tmp_path, ca
     assert contents(other) == contents(whole)
 
 
-def test_a_later_checkpoint_is_not_overwritten_by_an_earlier_one(folder, capsys):
-    shutil.copy(folder / checkpoints.LAST, folder / checkpoints.BEST)
-    assert train(folder, 3) == 0
-    earlier = checkpoints.load(folder / checkpoints.LAST)["epoch"] - 1
-    best = checkpoints.load(folder / checkpoints.BEST)
-    checkpoints.save(folder / checkpoints.BEST, best | {"epoch": earlier, "history": best["history"][:earlier]})
-    assert "is later" in refused(capsys, "--resume", folder / checkpoints.BEST, "--epochs", 9)
+def test_the_best_checkpoint_of_a_run_is_not_resumed_in_its_folder_beside_a_whole_last_one(folder, tmp_path, capsys):
+    before = contents(folder)
+    for arguments in ([], ["--output_dir", folder]):
+        line = refused(capsys, "--resume", folder / checkpoints.BEST, "--epochs", 9, *arguments)
+        assert f"{folder / checkpoints.LAST} is the last checkpoint of this run; resume that" in line
+    assert contents(folder) == before
+    resumed = [*TINY, "--resume", str(folder / checkpoints.BEST), "--epochs", "3"]
+    assert task.main([*resumed, "--output_dir", str(tmp_path / "other")]) == 0
+    (folder / checkpoints.LAST).write_bytes(before[checkpoints.LAST][:5000])
+    assert task.main(resumed) == 0
+    assert_same_run(folder, tmp_path / "other")
 
 
 def test_a_checkpoint_that_is_a_symbolic_link_resumes(folder, tmp_path):
@@ -289,7 +347,8 @@ def test_not_finite_stops_before_the_step(options, message, tmp_path, capsys):
     assert message in refused(capsys, "--output_dir", tmp_path, "--epochs", 3, *options)
     finished = int(message.split(",")[0].removeprefix("epoch ")) - 1
     assert checkpoints.load(tmp_path / checkpoints.LAST)["epoch"] == finished
-    assert len((tmp_path / METRICS).read_text().splitlines()) == finished
+    lines = (tmp_path / METRICS).read_text().splitlines() if (tmp_path / METRICS).exists() else []
+    assert len(lines) == finished
 
 
 # Memory

@@ -7,11 +7,12 @@ import golden
 import pytest
 import torch
 
+import memorizing_associations_task as task
 import models
 from models import hebbian_memory
 from models.neurons import LIFNeuron, Spike
 from models.plasticity import HebbianRule
-from utils.options import TASK_GROUPS
+from utils.options import Parser
 
 
 def run(current, **constants):
@@ -98,8 +99,11 @@ def test_recomputation_does_not_change_gradients(monkeypatch, steps):
 
 def test_options_of_a_network():
     """The whole record of a run will do; a name that is nearly an option, and a contradiction, are refused."""
-    record = {option.name: option.default for group in TASK_GROUPS.values() for option in group}
-    assert models.build_model(record).dynamics == models.Dynamics()
+    parser = Parser("")
+    task.add_options(parser)
+    record = vars(parser.complete())
+    assert record.keys() >= models.defaults().keys() and "epochs" in record
+    assert (models.build_model(record).dynamics, models.build_model(record).sizes) == (models.Dynamics(), models.Sizes())
     with pytest.raises(ValueError, match="tau_mam is no option of the network; did you mean tau_mem"):
         models.build_model({"tau_mam": 10.0})
     with pytest.raises(ValueError, match=r"tau_mem 10\.0: the neuron that is given has 20\.0; leave one of them out"):

@@ -23,7 +23,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -37,12 +37,13 @@ from models import MemorizingAssociations
 from models.neurons import LIFNeuron
 from models.operands import refuse_misspelled
 from models.plasticity import HebbianRule
-from utils.errors import UserError
+from utils.errors import UserError, shown
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 
 _ABSENT = {"epoch": 0, "sample": 0, "best_acc": 0.0, "optimizer": None, "history": [], "running": {}, "parts": {}}
+_NOT_LEARNED = "encoding_layer.encoding"
 _FOREIGN = "not a checkpoint of this program or of the original implementation"
 _PARTS = {"neuron": LIFNeuron, "rule": HebbianRule}  # the published ones
 DEFAULTS = {"sequence_length": 10} | models.defaults()  # of the options that a network has
@@ -153,7 +154,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # never what somebody else put there, such as a link
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -197,25 +199,27 @@ def load(path: str | Path, *, neuron: Any = None, rule: Any = None) -> dict[str,
         if not isinstance(content, dict) or not {"params", "state_dict"} <= content.keys():
             raise ValueError(_FOREIGN)
         checkpoint = {key: content.get(key, value) for key, value in _ABSENT.items()}
+        for name, part in checkpoint["parts"].items():
+            _check_plain(f"parts: {name}", part["fields"] | {"class": part["class"]})
         _check_parts(checkpoint["parts"], {"neuron": neuron, "rule": rule})
         params, state_dict = content["params"], _own_names(content["state_dict"])
         if isinstance(params, argparse.Namespace):
             params = vars(params) | {"inf_data": int(params.inf_data)}
-            if not (state_dict.pop("encoding_layer.encoding", torch.ones(())) == 1).all():
-                raise ValueError("state_dict: encoding_layer.encoding is not a matrix of ones")
         params = _checked_constants(DEFAULTS | params)
-        _check_shapes(params, state_dict)
+        _check_shapes(params, state_dict, [_NOT_LEARNED] if isinstance(content["params"], argparse.Namespace) else [])
+        if not (state_dict.pop(_NOT_LEARNED, torch.ones(())) == 1).all():
+            raise ValueError(f"state_dict: {_NOT_LEARNED} is not a matrix of ones")
         checkpoint |= {"params": params, "state_dict": state_dict, "optimizer": _adam(checkpoint["optimizer"], state_dict)}
         checkpoint["best_acc"] = float(checkpoint["best_acc"])
         checkpoint["history"] = [metrics_line(line) for line in checkpoint["history"]]
-        checkpoint["running"] = {_RENAMED.get(name, name): value for name, value in checkpoint["running"].items()}
+        checkpoint["running"] = _running(checkpoint["running"])
         _check_numbers(checkpoint)
     except FileNotFoundError as failure:
         raise UserError(f"{path}: no such file; give a checkpoint (...pth.tar) or the folder of a run") from failure
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror or failure}") from failure
     except ValueError as failure:
-        raise UserError(f"{path}: {_shown(failure)}") from failure
+        raise UserError(f"{path}: {shown(failure)}") from failure
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError) as failure:
         raise UserError(f"{path}: {_FOREIGN}") from failure
     return checkpoint
@@ -280,13 +284,22 @@ def _own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _checked_constants(params: dict[str, Any]) -> dict[str, Any]:
     """The options of a network, which must be possible. Raises ValueError."""
     try:
+        _check_plain("params", params)
         models.constants(params)
     except ValueError as wrong:
         raise ValueError(f"params: {wrong}") from wrong
     return params
 
 
-def _check_shapes(params: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+def _check_plain(where: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for what is no number, word or list of them: nests may unfold without an end, as may whole numbers."""
+    for name, value in values.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(one, bool | int | float | str | None) or (isinstance(one, int) and abs(one) >= 2**63):
+                raise ValueError(f"{where}: {short(name)} must be a number of 64 bits, a word, or a list of them")
+
+
+def _check_shapes(params: Mapping[str, Any], state_dict: Mapping[str, Tensor], optional: Collection[str] = ()) -> None:
     """See that weights have the sizes of the options and storages of their own size, before anything is built from either."""
     classes, features, embedding, memory = (params[n] for n in ("num_classes", "feature_size", "embedding_size", "memory_size"))
     wanted = {
@@ -296,12 +309,14 @@ def _check_shapes(params: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -
         "reading_layer.W": (memory, embedding + memory),
         "output_layer.weight": (classes, memory),
     }
+    wanted |= {name: (embedding, embedding) for name in optional if name in state_dict}
     found = {name: tuple(weight.shape) for name, weight in state_dict.items()}
     if wrong := [f"{n} {found.get(n)}, not {wanted.get(n)}" for n in {**wanted, **found} if found.get(n) != wanted.get(n)]:
-        raise ValueError(f"does not fit the network ({short('; '.join(wrong))})")
+        raise ValueError(f"does not fit the network ({'; '.join(wrong)})")
     for name, weight in state_dict.items():
-        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
-            raise ValueError(f"state_dict: {name} has more elements than the file holds")
+        size = weight.numel() * weight.element_size()
+        if not weight.is_floating_point() or weight.is_meta or weight.untyped_storage().nbytes() < size:
+            raise ValueError(f"state_dict: {name} holds other elements than the file")
 
 
 def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -315,15 +330,18 @@ def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | Non
         numbers = list(group["params"])
         if len(numbers) == len(weights) + 1:
             del numbers[2]
-        moments = {new: {part: torch.as_tensor(x) for part, x in state[old].items()} for new, old in enumerate(numbers)}
-        for moment, weight in zip(moments.values(), weights.values(), strict=True):
-            if (moment["step"].ndim, moment["exp_avg"].shape, moment["exp_avg_sq"].shape) != (0, weight.shape, weight.shape):
+        moments = {}
+        for new, (old, weight) in enumerate(zip(numbers, weights.values(), strict=True)):
+            step, *means = (state[old][part] for part in ("step", "exp_avg", "exp_avg_sq"))
+            if any(mean.shape != weight.shape for mean in means):
                 return None
+            moments[new] = {"step": torch.tensor(float(step))}  # PyTorch before 1.12 counted in a plain number
+            moments[new] |= {"exp_avg": means[0].contiguous(), "exp_avg_sq": means[1].contiguous()}
         if any(group.get(name, value) != value for name, value in usual.items()):
             return None
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
-    return {"state": moments, "param_groups": [group | {"params": list(moments)}]}
+    return {"state": moments, "param_groups": [usual | {"lr": float(group["lr"]), "params": list(moments)}]}
 
 
 def _check_numbers(checkpoint: Mapping[str, Any]) -> None:
@@ -336,7 +354,9 @@ def _check_numbers(checkpoint: Mapping[str, Any]) -> None:
         tensors |= {f"optimizer: {part} of parameter {number}": moment[part] for part in ("step", "exp_avg")}
         tensors[f"optimizer: exp_avg_sq of parameter {number}"] = moment["exp_avg_sq"].sqrt()
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    broken += [f"running: {name}" for name, value in checkpoint["running"].items() if not math.isfinite(value)]
+    for part, numbers in ("running", checkpoint["running"]), *(("history", line) for line in checkpoint["history"]):
+        plain = {name: value if type(value) in (int, float) else math.nan for name, value in numbers.items()}
+        broken += [f"{part}: {name}" for name, value in plain.items() if not math.isfinite(value)]
     if broken:
         raise ValueError(f"{', '.join(broken)}: holds a number that is not finite; use another checkpoint")
 
@@ -349,12 +369,11 @@ def metrics_line(line: Mapping[str, Any]) -> dict[str, Any]:
     return others | {"epoch": line["epoch"] + 1} | line["rates"]
 
 
-# Sums of an unfinished epoch of v0.3.
-_RENAMED = {"loss": "train_loss", "accuracy": "train_accuracy", "regularization": "rate_regularization"}
+# Sums of an unfinished epoch of v0.3: their names today, and what they are multiplied by.
+_RENAMED = {"loss": ("train_loss", 1), "accuracy": ("train_accuracy", 100), "regularization": ("rate_regularization", 1)}
 
 
-def _shown(failure: Exception) -> str:
-    """What a file says, in a message: printable, and not longer than a few lines."""
-    text = " ".join(str(failure).split())
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) < 600 else text[:600] + " ..."
+def _running(sums: Mapping[str, float]) -> dict[str, float]:
+    """Sums of an unfinished epoch, those of v0.3 in today's form."""
+    today = {name: _RENAMED.get(name, (name, 1)) for name in sums}
+    return {today[name][0]: today[name][1] * value for name, value in sums.items()}

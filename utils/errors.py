@@ -50,6 +50,13 @@ def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
     return reporting
 
 
+def shown(text: object) -> str:
+    """What a file or a user says, in a message: one printable line that is not longer than a few on a terminal."""
+    line = " ".join(str(text).split())
+    line = line if line.isprintable() else line.encode("unicode_escape").decode()
+    return line if len(line) < 600 else line[:600] + " ..."
+
+
 def not_finite(where: str, what: str, dynamics: models.Dynamics) -> UserError:
     """What stops a network whose numbers are not finite: the constants that are not at their defaults, or the training."""
     of_parts = [(part, field) for part in (dynamics.rule, dynamics, dynamics.neuron) for field in fields(part)]

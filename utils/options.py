@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from utils.errors import UsageError
+from utils.errors import UsageError, shown
 
 # Options that are gone, each with the value at which it changed nothing; records and checkpoints of v0.3 hold some of them.
 REMOVED = {"network": "hebbian_snn", "rule": "hebbian", "rectified": "true", "positions": "false"}
@@ -53,9 +53,12 @@ class Parser(argparse.ArgumentParser):
         found: dict[str, Any] = {}
         for path in own.pop("config", ()):
             try:
-                found |= self._parse(words_of_yaml(Path(path).expanduser()))
+                words = words_of_yaml(Path(os.path.expanduser(path)))
+                if any(word.startswith("--config=") for word in words):
+                    raise UsageError("config: a file cannot name another one")
+                found |= self._parse(words)
             except UsageError as wrong:
-                raise UsageError(f"--config {path}: {wrong}") from None
+                raise UsageError(f"--config {shown(path)}: {wrong}") from None
         return found | own
 
     def complete(self, *values: Mapping[str, Any]) -> argparse.Namespace:
@@ -67,6 +70,9 @@ class Parser(argparse.ArgumentParser):
 
     def _parse(self, words: Sequence[str]) -> dict[str, Any]:
         words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+        for word in words:
+            if re.fullmatch("--[^=]+=--", word):  # argparse drops the value
+                self.error(f"{word.removesuffix('=--')[:80]}: must have a value other than --")
         absent = argparse.Namespace(**{action.dest: _ABSENT for action in self._actions if action.dest != "config"})
         parsed, unknown = self.parse_known_args(words, absent)
         if unknown:
@@ -74,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(parsed).items() if value is not _ABSENT and name not in REMOVED}
 
     def _refuse(self, word: str) -> NoReturn:
-        name = word.partition("=")[0]
+        name = word.partition("=")[0][:80]
         if not name.startswith("--"):
             self.error(f"{short(word)}: not an option")
         if name == "--local_rank":
@@ -85,8 +91,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"{name}: no such option" + (f", did you mean --{close}?" if close else ""))
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.removeprefix("argument ").split())
-        raise UsageError(message if message.isprintable() else ascii(message))
+        raise UsageError(shown(message.removeprefix("argument ")))
 
 
 def read_words(path: Path) -> Any:
@@ -96,7 +101,7 @@ def read_words(path: Path) -> Any:
     except OSError as failure:
         raise UsageError(str(failure.strerror)) from failure
     except (yaml.YAMLError, ValueError, RecursionError, RuntimeError) as failure:
-        raise UsageError(f"not a YAML file of options ({' '.join(str(failure).split())})") from failure
+        raise UsageError(f"not a YAML file of options ({shown(failure)})") from failure
 
 
 def words_of_yaml(path: Path) -> list[str]:
@@ -117,13 +122,15 @@ class _Words(yaml.BaseLoader):
     """YAML whose scalars stay words (null is none), so that `010` and `1:30` are what they are on the command line."""
 
     def construct_mapping(self, node, deep=False):
-        found, merged, seen = {}, {}, set()
-        for name, value in ((self.construct_object(part, deep=True) for part in pair) for pair in node.value):
-            if (spelled := str(name).replace("-", "_")) in seen:
-                raise yaml.YAMLError(f"{spelled} is there twice")
-            seen.add(spelled)
+        found, merged = {}, {}
+        for key, node in node.value:
+            name, value = self.construct_object(key, deep=True), self.construct_object(node, deep=True)
+            if not isinstance(name, str):
+                raise yaml.YAMLError(f"{short(name)} is no option")
+            if (name := name.replace("-", "_")) in found or (name == "<<" and merged):
+                raise yaml.YAMLError(f"{name} is there twice")
             if name != "<<":
-                found[str(name)] = value
+                found[name] = value
                 continue
             for other in value[::-1] if isinstance(value, list) else [value]:  # the first one counts
                 if not isinstance(other, dict):
@@ -163,7 +170,8 @@ def differences(values: Mapping[str, Any], record: Mapping[str, Any], names: Seq
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable[[str], Any]:
-    """An int or a float from `low` to `high`, greater than `above`, and finite."""
+    """An int or a float from `low` to `high`, greater than `above`, and finite; an int of 64 bits."""
+    high = min(high, 2**63 - 1) if kind is int else high
 
     def convert(word: str):
         try:
@@ -171,8 +179,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
         except ValueError:
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {what}, not {short(word)}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be finite, not {word}")
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, not {short(word)}")
         bounds = {f"at least {low}": value < low, f"at most {high}": value > high, f"greater than {above}": value <= above}
         if wrong := [words for words, beyond in bounds.items() if beyond]:
             raise argparse.ArgumentTypeError(f"must be {wrong[0]}, not {short(word)}")

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from errno import ENOLCK, ENOSYS, ENOTSUP
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,16 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"--output_dir {folder}: another process is writing into it; wait for its end or choose another folder"
         ) from None
-    except NotImplementedError:
+    except (NotImplementedError, OSError) as failure:
+        if not isinstance(failure, NotImplementedError) and failure.errno not in (ENOLCK, ENOSYS, ENOTSUP):
+            dangling = folder.is_symlink() and not folder.exists()
+            where = f"{folder} is a link to what is not there" if dangling else failure.strerror
+            raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
         print(f"warning: --output_dir {folder}: no locks there; make sure no other run uses it", flush=True)
-        lock = contextlib.nullcontext()
-    except OSError as failure:
-        where = f"{folder} is a link to what is not there" if folder.is_symlink() and not folder.exists() else failure.strerror
-        raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _check_rule(folder: Path, resume: Path | None) -> None:
