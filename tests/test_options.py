@@ -234,7 +234,6 @@ def test_impossible_command_lines_are_refused(arguments, names):
         ('"\\e[31m": 1\n"\\e[31m": 1\n', "is there twice"),
         ("thr: " + "x" * 5000 + "\n", "thr: must be a number"),
         ("? " + "x" * 5000 + "\n: 1\n", "no such option"),
-        ("<<: {thr: 1}\n", "options.yaml"),
         ("thr: &a [*a]\n", "options.yaml"),
         ("a: 1\n--- \nb: 2\n", "options.yaml"),
         ("[" * 20_000, "options.yaml"),

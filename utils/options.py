@@ -123,8 +123,8 @@ class _Words(yaml.BaseLoader):
 
     def construct_mapping(self, node, deep=False):
         found, merged = {}, {}
-        for key, node in node.value:
-            name, value = self.construct_object(key, deep=True), self.construct_object(node, deep=True)
+        for pair in node.value:
+            name, value = (self.construct_object(part, deep=True) for part in pair)
             if not isinstance(name, str):
                 raise yaml.YAMLError(f"{short(name)} is no option")
             if (name := name.replace("-", "_")) in found or (name == "<<" and merged):
