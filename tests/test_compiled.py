@@ -1,5 +1,7 @@
 """The compiled time loop computes what the plain one does, for any neuron, and compiles once for all batches."""
 
+import threading
+
 import golden
 import pytest
 import torch
@@ -91,6 +93,21 @@ def test_nothing_but_the_batch_varies_in_the_code(monkeypatch):
     for neurons, constants in ((5, {}), (7, {}), (7, {"thr": 0.2, "tau_mem": 15.0}), (7, {"refractory_time_steps": 1})):
         by_compiled_loop(population, LIFNeuron(**constants), torch.rand(3, 2, neurons), 5)
     assert codes == 4 * [[torch.SymInt] + 4 * [Tensor]]
+
+
+def test_buffers_are_not_donated_in_any_thread(monkeypatch):
+    """Gradients of a retained graph would be garbage. PyTorch keeps this setting for each thread, and a check has one of its own."""
+    seen = []
+
+    def record(graph, operands):
+        seen.append(torch._functorch.config.donated_buffer)
+        return graph
+
+    monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend=record))
+    thread = threading.Thread(target=by_compiled_loop, args=(population, LIFNeuron(), torch.rand(3, 2, 5), 5))
+    thread.start()
+    thread.join()
+    assert seen == [False] and not torch._functorch.config.donated_buffer
 
 
 @pytest.mark.usefixtures("traced")

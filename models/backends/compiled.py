@@ -18,8 +18,9 @@ from models.through_time import Step, run_steps
 
 STEPS = 5  # compiled together: more take longer to compile
 
-torch._functorch.config.donated_buffer = False  # so that a backward pass may retain the graph
-torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # keep what is compiled of the surrogate, too
+# A backward pass may retain the graph, so buffers are not donated. This setting is one of each thread: it is looked at in the
+# caller's, where gradients are taken, and in that of the check, where code is compiled (below).
+torch._functorch.config.donated_buffer = False
 _block = torch.compile(run_steps, fullgraph=True)
 
 
@@ -77,8 +78,9 @@ def _prove(
 
 # Every network, constant and precision of a process adds code for each of its steps, and 8 are allowed by default. A constant
 # or a size that a second network has at another value would become a variable of the code, which fails then: in the
-# surrogate's autograd.Function, or by the strides that it expects.
+# surrogate's autograd.Function, or by the strides that it expects. What is compiled of the surrogate is kept, too.
 @torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024, automatic_dynamic_shapes=False)
+@torch._functorch.config.patch(donated_buffer=False, autograd_cache_allow_custom_autograd_functions=True)
 def _run_blocks(step: Step, state, *inputs: Tensor):
     """All blocks look alike to `torch.compile`, so that it compiles one of them: whether or not it starts from rest."""
     held = [x for x in (cell.cell_contents for cell in step.__closure__ or ()) if isinstance(x, Tensor)]
