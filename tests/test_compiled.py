@@ -96,7 +96,7 @@ def test_nothing_but_the_batch_varies_in_the_code(monkeypatch):
 
 
 def test_buffers_are_not_donated_in_any_thread(monkeypatch):
-    """Gradients of a retained graph would be garbage. PyTorch keeps this setting for each thread, and a check has one of its own."""
+    """Gradients of a retained graph would be garbage. The setting is one of each thread, and a check has its own."""
     seen = []
 
     def record(graph, operands):
