@@ -157,10 +157,9 @@ def build_model(
     chosen = {}
     for name, (kind, part) in parts.items():
         for option, value in given(kind).items() if part is not None else ():
-            if getattr(part, option, value) != value:
-                raise ValueError(
-                    f"{option} {value}: the {name} that is given has {getattr(part, option)}; leave one of them out"
-                )
+            own = getattr(part, option, value)
+            if isinstance(own, bool | int | float) and own != value:
+                raise ValueError(f"{option} {value}: the {name} that is given has {own}; leave one of them out")
         chosen[name] = kind(**given(kind)) if part is None else part
     return MemorizingAssociations(Sizes(**given(Sizes)), Dynamics(**given(Dynamics) | chosen), backend)
 

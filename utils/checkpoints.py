@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from models import MemorizingAssociations
+from models import Dynamics, MemorizingAssociations, Sizes
 from models.neurons import LIFNeuron
 from models.operands import refuse_misspelled
 from models.plasticity import HebbianRule
@@ -78,12 +78,17 @@ def load_model(
     if unknown := sorted(options.keys() - {option.name for option in MODEL}):
         raise TypeError(f"load_model: {', '.join(unknown)} is no model option")
     checkpoint = load(path, options, neuron=neuron, rule=rule)
+    params, state_dict = checkpoint["params"], checkpoint["state_dict"]
     for name, value in options.items():
-        if checkpoint["params"][name] != value:
-            raise UserError(f"{path}: {name} is {checkpoint['params'][name]}, not {value}; leave it out")
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
-        model = models.build_model(checkpoint["params"], backend, neuron, rule)
-    load_weights(model, checkpoint["state_dict"], path)
+        if params[name] != value:
+            raise UserError(f"{path}: {name} is {params[name]!r}, not {value!r}; leave it out")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # initial weights are drawn, and replaced
+            model = models.build_model(params, backend, neuron, rule)
+    except ValueError as wrong:
+        raise UserError(f"{path}: {wrong}") from wrong
+    model.to(next(iter(state_dict.values())).dtype)
+    load_weights(model, state_dict, path)
     return model
 
 
@@ -105,11 +110,16 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
             raise ValueError(f"save_model takes a MemorizingAssociations, not {type(model).__name__}")
     refuse_misspelled(options or {}, [option.name for option in MODEL])
     dynamics = network.dynamics
-    parts = (network.sizes, dynamics, dynamics.neuron, dynamics.rule)
-    params = {o.name: next((getattr(part, o.name) for part in parts if hasattr(part, o.name)), o.default) for o in MODEL}
+    owners = ((network.sizes, Sizes), (dynamics, Dynamics), (dynamics.neuron, LIFNeuron), (dynamics.rule, HebbianRule))
+    own = {field.name: getattr(part, field.name, None) for part, kind in owners for field in fields(kind) if field.metadata}
+    # Plain numbers: a NumPy number, which is a float, too, is more than a reader of plain values takes.
+    params = {o.name: o.kind(own[o.name]) if isinstance(own.get(o.name), bool | int | float) else o.default for o in MODEL}
     for option in MODEL:
         if option.name in (options or {}):
-            value = option.convert(options[option.name])
+            try:
+                value = option.convert(options[option.name])
+            except ValueError as wrong:
+                raise ValueError(f"{option.name} {wrong}") from None
             if option is not SEQUENCE_LENGTH and value != params[option.name]:
                 raise ValueError(f"{option.name} {value}: the network has {params[option.name]}")
             params[option.name] = value
@@ -129,8 +139,19 @@ _USUAL_PARTS = {"neuron": LIFNeuron, "rule": HebbianRule}
 def _described(part: Any) -> dict[str, Any]:
     """The class of a neuron or rule, and its constants; others than plain ones as text."""
     values = {field.name: getattr(part, field.name) for field in fields(part)} if is_dataclass(part) else {}
-    plain = {name: value if isinstance(value, bool | int | float | str) else repr(value) for name, value in values.items()}
-    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", "fields": plain}
+    described = {name: _plain(value) for name, value in values.items()}
+    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", "fields": described}
+
+
+def _plain(value: Any) -> Any:
+    """A constant as a plain value that is the same in every process."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"tensor {value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
 
 
 def _check_parts(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
