@@ -151,7 +151,8 @@ def build_model(
     sizes, dynamics = constants(params)
     for name, part in {"neuron": neuron, "rule": rule}.items():
         for field in fields(getattr(dynamics, name)) if part is not None else ():
-            if field.name in params and getattr(part, field.name, params[field.name]) != params[field.name]:
+            own = getattr(part, field.name, None)
+            if field.name in params and isinstance(own, bool | int | float) and own != params[field.name]:
                 own = f"the {name} that is given has {getattr(part, field.name)}; leave one of them out"
                 raise ValueError(f"{field.name} {params[field.name]}: {own}")
     dynamics = replace(dynamics, neuron=neuron or dynamics.neuron, rule=rule or dynamics.rule)

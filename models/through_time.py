@@ -1,8 +1,9 @@
 """The time loop of the network, and its recomputation in the backward pass. It knows nothing of neurons."""
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def run_steps(step: Step, state: Any, *inputs: Tensor) -> tuple[Any, tuple[Tenso
 def _learns(step: Step, state: Any, inputs: tuple[Tensor, ...]) -> bool:
     """Whether the step itself holds tensors that want a gradient: recomputation would not give them one."""
     leaves, structure = tree_flatten(state)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.random.fork_rng(_devices(inputs)):  # a step may draw random numbers
         results = step(tree_unflatten([x.detach() for x in leaves], structure), *(x[:, 0].detach() for x in inputs))
     return any(x.requires_grad for x in tree_flatten(results)[0])
 
@@ -59,15 +60,16 @@ class _Recomputed(torch.autograd.Function):
     """A run through time that keeps the state at every N-th step only.
 
     `torch.utils.checkpoint` does the same, but the many small nodes that it leaves between large tensors fragment the heap,
-    until the process is as large as if every step were kept.
+    until the process is as large as if every step were kept. A step that draws random numbers draws the same ones again.
     """
 
     @staticmethod
     def forward(ctx, run, every, structure, number_of_inputs, *tensors):
         inputs, state = tensors[:number_of_inputs], tree_unflatten(list(tensors[number_of_inputs:]), structure)
-        starts, outputs = [], []
+        starts, outputs, ctx.random_states = [], [], []
         for segment in zip(*(x.split(every, 1) for x in inputs), strict=True):
             starts.append(tree_flatten(state)[0])
+            ctx.random_states.append(_random_states(inputs))
             state, output = run(state, *segment)
             outputs.append(output)
         ctx.run, ctx.every, ctx.structure, ctx.starts = run, every, structure, starts
@@ -80,17 +82,39 @@ class _Recomputed(torch.autograd.Function):
         tensors, number = ctx.saved_tensors, len(ctx.starts[0])
         inputs, grad_state, grad_outputs = tensors[:-number], gradients[:number], gradients[number:]
         if torch.is_grad_enabled():  # a second derivative: automatic differentiation of all of it
-            return None, None, None, None, *_gradients(ctx.run, ctx.structure, tensors, number, gradients, create_graph=True)
+            with _random_numbers(inputs, ctx.random_states[0]):
+                found = _gradients(ctx.run, ctx.structure, tensors, number, gradients, create_graph=True)
+            return None, None, None, None, *found
         grad_segments = []
         for n, segment in reversed(list(enumerate(zip(*(x.split(ctx.every, 1) for x in inputs), strict=True)))):
             now = slice(n * ctx.every, (n + 1) * ctx.every)
             given = (*grad_state, *(None if gradient is None else gradient[:, now] for gradient in grad_outputs))
             copies = [x.detach().requires_grad_(x.is_floating_point()) for x in (*segment, *ctx.starts[n])]
-            found = _gradients(ctx.run, ctx.structure, copies, number, given)
+            with _random_numbers(inputs, ctx.random_states[n]):
+                found = _gradients(ctx.run, ctx.structure, copies, number, given)
             grad_segments.append([torch.zeros_like(x) if g is None else g for x, g in zip(segment, found, strict=False)])
             grad_state = tuple(found[len(inputs) :])
         grad_inputs = (torch.cat(series[::-1], dim=1) for series in zip(*grad_segments, strict=True))
         return None, None, None, None, *grad_inputs, *grad_state
+
+
+def _devices(tensors: tuple[Tensor, ...]) -> list[torch.device]:
+    return list({x.device for x in tensors if x.device.type == "cuda"})
+
+
+def _random_states(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Of the default generators of the CPU and of the devices of these tensors."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(tensors))]
+
+
+@contextlib.contextmanager
+def _random_numbers(tensors: tuple[Tensor, ...], states: list[Tensor]) -> Iterator[None]:
+    """From these states on, as long as it is open."""
+    with torch.random.fork_rng(_devices(tensors)):
+        torch.set_rng_state(states[0])
+        for device, state in zip(_devices(tensors), states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        yield
 
 
 def _gradients(run, structure, tensors, number, given, create_graph=False) -> list[Tensor | None]:

@@ -149,6 +149,11 @@ class WeakRule(HebbianRule):
 
 
 @dataclasses.dataclass(frozen=True)
+class OneMore(HebbianRule):
+    leak: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
 class SlowNeuron(LIFNeuron):
     @property
     def alpha(self):
@@ -162,9 +167,11 @@ class NoDataclass:
 @pytest.mark.parametrize(
     "part, message",
     [
-        ({"rule": LeakyRule()}, "does not know a network with or without leak"),
-        ({"rule": WeakRule()}, "does not compute the model of these equations"),
-        ({"neuron": NoDataclass()}, "takes neurons and rules that are dataclasses"),
+        ({"rule": LeakyRule()}, "does not know update of LeakyRule"),
+        ({"rule": WeakRule()}, "does not know update of WeakRule"),
+        ({"rule": OneMore()}, "does not know a network with or without leak"),
+        ({"neuron": SlowNeuron()}, "does not know alpha of SlowNeuron"),
+        ({"neuron": NoDataclass()}, "does not know NoDataclass, only LIFNeuron"),
     ],
 )
 def test_a_rule_or_neuron_that_a_kernel_does_not_compute_is_refused(part, message):
@@ -176,9 +183,114 @@ def test_a_rule_or_neuron_that_a_kernel_does_not_compute_is_refused(part, messag
         model(*pairs())
 
 
-def test_a_kernel_takes_what_it_needs_from_a_property_of_the_neuron():
-    ours, theirs = twins(backend="cpp", neuron=SlowNeuron(thr=0.02))
-    torch.testing.assert_close(ours(*pairs()).logits, theirs(*pairs()).logits)
+def floored(self, current, state):
+    step = lif_step(self, current, state)
+    return step._replace(membrane=step.membrane.clamp(min=-self.thr))
+
+
+def clipped(self, memory, value_trace, key_trace):
+    return hebbian_update(self, memory, value_trace, key_trace).clamp(max=0.3 * self.w_max)
+
+
+def rooted(self, memory, value_trace, key_trace):
+    """Its gradient is not a number at a trace of 0; its results are finite."""
+    return hebbian_update(self, memory, value_trace.sqrt() * 0.5, key_trace)
+
+
+lif_step, hebbian_update = LIFNeuron.step, HebbianRule.update
+EQUATIONS = [(LIFNeuron, "step", floored), (HebbianRule, "update", clipped), (HebbianRule, "update", rooted)]
+EQUATIONS += [(LIFNeuron, "alpha", property(lambda self: 0.99))]
+
+
+@pytest.mark.parametrize("where, name, changed", EQUATIONS)
+def test_equations_that_differ_far_from_rest_or_have_no_gradient_somewhere_are_noticed(where, name, changed, monkeypatch):
+    parts = {"rule": SameRule(), "neuron": SameNeuron()}  # subclasses without equations of their own
+    model = models.build_model(SMALL | {"num_time_steps": 100}, "cpp", **parts)
+    model(*pairs())
+    monkeypatch.setattr(where, name, changed)
+    if name == "alpha":  # the kernel is given it
+        model(*pairs())
+        return
+    with pytest.raises(models.BackendError, match="does not compute the model of these equations"):
+        model(*pairs())
+
+
+class SameRule(HebbianRule):
+    pass
+
+
+class SameNeuron(LIFNeuron):
+    pass
+
+
+def test_a_result_that_should_be_next_to_nothing_is_compared():
+    """Of a network that hardly fires, too."""
+
+    def more(*operands):
+        readout, counts, activity = store_and_recall(*operands)
+        return readout + 1e-6, counts, activity
+
+    with pytest.raises(models.BackendError, match="readout differs"):
+        backends.check(more, "cpu", Dynamics(neuron=LIFNeuron(thr=100.0), readout_steps=1), store_and_recall)
+
+
+class Unhashable(LIFNeuron):
+    __hash__ = None
+
+
+class Broken(LIFNeuron):
+    """Its constants are of the sizes of one network; the check has another."""
+
+    @property
+    def alpha(self):
+        return torch.ones(16)
+
+
+@pytest.mark.parametrize("neuron", [Unhashable(), Broken()])
+def test_auto_goes_on_without_a_kernel_whatever_is_raised(neuron):
+    model = models.build_model(ALIVE | {"thr": 0.1}, rule=HebbianRule(), neuron=neuron)
+    model.reading_layer.W.data = model.reading_layer.W.data[:16, :32]
+    with pytest.warns(UserWarning, match="using the plain model"), contextlib.suppress(RuntimeError):
+        model(*pairs())
+
+
+HOOKS = {
+    "fewer rows": lambda _, __, weight: weight[:-4],
+    "transposed": lambda _, __, weight: weight.transpose(0, -1),
+    "one more dimension": lambda _, __, weight: weight[None],
+    "another type": lambda _, __, weight: weight.double(),
+}
+
+
+@pytest.mark.parametrize("layer", ["writing_layer", "reading_layer", "embedding_layer"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_a_hook_returns_is_checked_before_a_kernel_reads_it(layer, hook):
+    model = models.build_model(SMALL, "cpp")
+    getattr(model, layer).register_forward_hook(HOOKS[hook])
+    with pytest.raises((ValueError, RuntimeError)):
+        model(*pairs())
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyNeuron(LIFNeuron):
+    def step(self, current, state):
+        return super().step(current + 0.05 * torch.rand_like(current), state)
+
+
+def test_a_neuron_that_draws_random_numbers_has_right_gradients(monkeypatch):
+    """The recomputation draws the same ones again, and the check leaves the caller's alone."""
+    gradients = []
+    for every in (models.hebbian_memory.RECOMPUTE_EVERY, None):
+        monkeypatch.setattr(models.hebbian_memory, "RECOMPUTE_EVERY", every)
+        model = models.build_model(ALIVE | {"thr": 0.1}, "reference", neuron=NoisyNeuron()).double()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight).sin())
+        torch.manual_seed(5)
+        rates = model(*pairs(dtype=torch.float64)).rates
+        loss = sum(rate.square().sum() for rate in rates.values())
+        gradients.append(torch.autograd.grad(loss, list(model.writing_layer.parameters()))[0])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9 * gradients[1].abs().max().item())
 
 
 @pytest.mark.parametrize("number, dtype", [(4, torch.float64), *((number, torch.float32) for number in range(5))])

@@ -6,9 +6,10 @@ import random
 import shutil
 import stat
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import PUBLISHED
@@ -20,6 +21,7 @@ import models
 from examples import use_as_library
 from examples.another_neuron import AdaptiveNeuron
 from examples.another_rule import OjaRule
+from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
 from utils import checkpoints
 from utils.errors import UserError
@@ -410,6 +412,33 @@ def test_an_own_neuron_and_an_own_rule_are_to_be_given_again(tmp_path, capsys):
         checkpoints.load_model(PUBLISHED, rule=OjaRule())
 
 
+@dataclass(frozen=True)
+class OddNeuron(LIFNeuron):
+    gains: torch.Tensor = field(default_factory=lambda: torch.zeros(2000))
+    surrogate: object = torch.relu
+    strength: float = 1.0
+
+
+def test_constants_of_any_kind_are_saved_and_compared(tmp_path):
+    path, other = tmp_path / "mine.pth.tar", torch.zeros(2000)
+    other[1000] = 9.0
+    neuron = OddNeuron(strength=np.float64(0.5))
+    checkpoints.save_model(path, models.build_model({**TINY, "w_max": np.float64(2.0)}, "reference", neuron=neuron))
+    assert checkpoints.load_model(path, "reference", neuron=OddNeuron(strength=0.5)).dynamics.rule.w_max == 2.0
+    with pytest.raises(UserError, match="its neuron is"):
+        checkpoints.load_model(path, "reference", neuron=OddNeuron(strength=0.5, gains=other))
+    with pytest.raises(UserError, match=r"its neuron is .*relu.*, not .*sigmoid"):
+        checkpoints.load_model(path, "reference", neuron=OddNeuron(strength=0.5, surrogate=torch.sigmoid))
+
+
+def test_a_network_in_double_precision_comes_back_as_it_was(tmp_path):
+    model = models.build_model(TINY).double()
+    checkpoints.save_model(tmp_path / "mine.pth.tar", model)
+    with torch.device("meta"):
+        loaded = checkpoints.load_model(tmp_path / "mine.pth.tar")
+    assert torch.equal(loaded.writing_layer.W, model.writing_layer.W) and loaded.writing_layer.W.dtype == torch.float64
+
+
 def test_wrapped_networks_are_saved(tmp_path):
     model = models.build_model(TINY)
     averaged = torch.optim.swa_utils.AveragedModel(model)
@@ -418,9 +447,11 @@ def test_wrapped_networks_are_saved(tmp_path):
         assert torch.equal(logits(checkpoints.load_model(tmp_path / f"{name}.pth.tar")), logits(model))
 
 
-def test_loading_draws_no_random_numbers():
+def test_saving_and_loading_draw_no_random_numbers(tmp_path):
+    model = models.build_model(TINY)
     torch.manual_seed(1)
     checkpoints.load_model(PUBLISHED)
+    checkpoints.save_model(tmp_path / "mine.pth.tar", model)
     drawn = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), drawn)

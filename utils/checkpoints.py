@@ -18,6 +18,7 @@ carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix of
 
 import argparse
 import contextlib
+import hashlib
 import math
 import os
 import pickle
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from models import MemorizingAssociations
+from models import Dynamics, MemorizingAssociations, Sizes
 from models.neurons import LIFNeuron
 from models.operands import refuse_misspelled
 from models.plasticity import HebbianRule
@@ -65,9 +66,14 @@ def load_model(
         UserError: no such file, damaged, no checkpoint, or of another neuron or rule.
     """
     checkpoint = load(path, neuron=neuron, rule=rule)
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
-        model = models.build_model(checkpoint["params"], backend, neuron, rule)
-    load_weights(model, checkpoint["state_dict"], path)
+    state_dict = checkpoint["state_dict"]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # initial weights are drawn, and replaced
+            model = models.build_model(checkpoint["params"], backend, neuron, rule)
+    except ValueError as wrong:
+        raise UserError(f"{path}: {wrong}") from wrong
+    model.to(next(iter(state_dict.values())).dtype)
+    load_weights(model, state_dict, path)
     return model
 
 
@@ -89,16 +95,16 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
             raise ValueError(f"save_model takes a MemorizingAssociations, not {type(model).__name__}")
     dynamics, options = network.dynamics, options or {}
     refuse_misspelled(options, list(DEFAULTS))
-    parts = (network.sizes, dynamics, dynamics.neuron, dynamics.rule)
-    own = {name: getattr(part, name) for name in DEFAULTS for part in parts if hasattr(part, name)}
-    if wrong := [
-        f"{name} {value}: the network has {own[name]}" for name, value in options.items() if own.get(name, value) != value
-    ]:
-        raise ValueError("; ".join(wrong))
+    owners = ((network.sizes, Sizes), (dynamics, Dynamics), (dynamics.neuron, LIFNeuron), (dynamics.rule, HebbianRule))
+    own = {field.name: getattr(part, field.name, None) for part, kind in owners for field in fields(kind) if field.metadata}
+    # Plain numbers: a NumPy number, which is a float, too, is more than a reader of plain values takes.
+    own = {name: type(DEFAULTS[name])(value) for name, value in own.items() if isinstance(value, bool | int | float)}
+    for name, value in options.items():
+        if own.get(name, value) != value:
+            raise ValueError(f"{name} {value}: the network has {own[name]}")
     content = {"params": DEFAULTS | dict(options) | own, "state_dict": _own_names(network.state_dict())}
-    content["parts"] = {
-        n: _described(getattr(dynamics, n)) for n, usual in _PARTS.items() if type(getattr(dynamics, n)) is not usual
-    }
+    own_parts = {name: getattr(dynamics, name) for name in _PARTS}
+    content["parts"] = {name: _described(part) for name, part in own_parts.items() if type(part) is not _PARTS[name]}
     _check_shapes(content["params"], content["state_dict"])
     save(Path(path), content)
 
@@ -106,8 +112,19 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
 def _described(part: Any) -> dict[str, Any]:
     """The class of a neuron or rule, and its constants; others than plain ones as text."""
     values = {field.name: getattr(part, field.name) for field in fields(part)} if is_dataclass(part) else {}
-    plain = {name: value if isinstance(value, bool | int | float | str) else repr(value) for name, value in values.items()}
-    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", "fields": plain}
+    described = {name: _plain(value) for name, value in values.items()}
+    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", "fields": described}
+
+
+def _plain(value: Any) -> Any:
+    """A constant as a plain value that is the same in every process."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"tensor {value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
 
 
 def _check_parts(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:

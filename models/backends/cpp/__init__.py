@@ -138,6 +138,7 @@ def store_and_recall(
     record: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
     """As `models.hebbian_memory.store_and_recall`."""
+    backends.check_operands(features_current, labels_current, query_current, write_weight, read_weight)
     (batch, pairs, embedding), size = features_current.shape, read_weight.shape[0]
     readout, counts, spikes, memory, _ = _run(
         features_current, labels_current, query_current, write_weight, read_weight, _constants(dynamics), record

@@ -56,6 +56,7 @@ def store_and_recall(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
     """As `models.hebbian_memory.store_and_recall`."""
     backends.constants(dynamics, KNOWN)
+    backends.check_operands(features_current, labels_current, query_current, write_weight, read_weight)
     num_steps, constants = dynamics.num_time_steps, dynamics.neuron
     embedding_size = query_current.shape[-1]
     encoded = lif(torch.cat([features_current, labels_current], dim=-1), num_steps, constants)
