@@ -13,7 +13,9 @@ with the reference's in float64, with the network's own weights.
 import argparse
 import itertools
 import json
+import operator
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -32,53 +34,35 @@ from utils.errors import UserError
 
 NEW = "new"
 EPOCH = 1  # the first one with the regularization
-LEARNING_RATE, L2, TARGET_RATE, MAX_GRAD_NORM, DATASET_SEED = 0.003, 1e-5, 0.0, 40.0, 42  # the defaults of the task script
 HEAD = "backend", "network", "pairs", "memory size", "batch", "s a step", "samples/s", "of a 4096³ product", "peak MiB"
 
 
 class Training:
-    """The network of a case (new, from seed 0, or a checkpoint's) in training, on one batch after the other.
+    """The network of a case (new, from seed 0, or a checkpoint's) in training, on one batch after the other. What is not given
+    is at the defaults of the task script; `model` changes constants of the network."""
 
-    Args:
-        model: options of the network in place of the case's.
-    """
-
-    def __init__(
-        self,
-        case: dict,
-        backend: str,
-        device: str,
-        dtype=torch.float32,
-        *,
-        learning_rate: float = LEARNING_RATE,
-        max_grad_norm: float = MAX_GRAD_NORM,
-        **model,
-    ):
-        params = {"num_classes": case["length"], "memory_size": case["memory_size"]}
-        checkpoint = None
+    def __init__(self, case, backend, device, dtype=torch.float32, *, learning_rate=0.003, max_grad_norm=40.0, **model):
+        params, weights = {"num_classes": case["length"], "memory_size": case["memory_size"]}, None
         if case["network"] != NEW:
-            checkpoint = checkpoints.load(case["network"])
-            params = checkpoint["params"]
+            params, weights = operator.itemgetter("params", "state_dict")(checkpoints.load(case["network"]))
         self.length, self.batch_size, self.max_grad_norm = case["length"], case["batch"], max_grad_norm
         torch.manual_seed(0)
         self.model = models.build_model(params | model, backend)
-        if checkpoint:
-            self.model.load_state_dict(checkpoint["state_dict"])
+        self.model.load_state_dict(weights or self.model.state_dict())
         self.model.to(torch.device(device), dtype)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
         self.draw(0)
 
     def draw(self, number: int) -> None:
         """A batch."""
-        first, sizes = number * self.batch_size, self.model.sizes
-        task = {"num_classes": sizes.num_classes, "feature_size": sizes.feature_size, "dataset_seed": DATASET_SEED}
-        batch = data.training_samples(first, first + self.batch_size, EPOCH, self.length, **task)
-        weight = self.model.output_layer.weight
+        first, sizes, weight = number * self.batch_size, self.model.sizes, self.model.output_layer.weight
+        task_sizes = {"num_classes": sizes.num_classes, "feature_size": sizes.feature_size, "dataset_seed": 42}
+        batch = data.training_samples(first, first + self.batch_size, EPOCH, self.length, **task_sizes)
         features, query = batch.features.to(weight), batch.query.to(weight)
         self.batch = data.Samples(features, batch.labels.to(weight.device), query, batch.answer.to(weight.device))
 
     def step(self) -> None:
-        strengths = {"l2": L2, "target_rate": TARGET_RATE, "max_grad_norm": self.max_grad_norm}
+        strengths = {"l2": 1e-5, "target_rate": 0.0, "max_grad_norm": self.max_grad_norm}
         task.train_step(self.model, self.optimizer, self.batch, batch_size=self.batch_size, **strengths, where="")
 
 
@@ -120,12 +104,6 @@ def measure(case: dict) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()} | {"peak": peak}
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def cases(arguments: argparse.Namespace) -> list[dict]:
     """What is to be measured, in the order of the options."""
     found = []
@@ -159,7 +137,9 @@ def main() -> int:
         to_measure = cases(arguments)
     except UserError as error:
         parser.error(str(error))
-    print(f"{processor()}, torch {torch.__version__}\n")
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = next(iter(re.findall(r"model name\s*: (.*)", cpuinfo)), platform.processor())
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
     return max(map(report, to_measure), default=0)
 
@@ -169,12 +149,11 @@ def report(case: dict) -> int:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     network = Path(case["network"]).name.removesuffix(".pth.tar")
     title = f"| {case['backend']} | {network} | {case['length']} | {case['memory_size']} | {case['batch']} |"
-    if done.returncode:
-        print(title, f"failed: {done.stderr.strip().splitlines()[-1]} | | | |", flush=True)
-        return 1
-    found = json.loads(done.stdout.splitlines()[-1])
-    if found.get("wrong"):
-        print(title, f"wrong, not measured: {found['wrong']} differ | | | |", flush=True)
+    found = {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    if done.returncode or "wrong" in found:
+        failed = f"failed: {[done.returncode, *done.stderr.splitlines()][-1]}"
+        reason = f"wrong, not measured: {found['wrong']} differ" if found else failed
+        print(title, f"{reason} | | | |", flush=True)
         return 1
     speed, product = case["batch"] / found["step"], found["step"] / found["product"]
     print(title, f"{found['step']:.3f} | {speed:,.0f} | {product:.2f} | {found['peak']:.0f} |", flush=True)

@@ -5,9 +5,7 @@ Source: arXiv:2205.11276, "Memorizing associations" in Methods.
 """
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,12 +43,6 @@ class Samples:
         if device.type == "cpu":
             return self
         return Samples(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self.tensors()))
-
-
-def sizes(options: Mapping[str, Any], **others: int) -> dict[str, int]:
-    """What defines a set of samples, from a mapping of options under their published names, or from `others`."""
-    names = ("sequence_length", "num_classes", "feature_size", "dataset_seed")
-    return {name: others[name] if name in others else options[name] for name in names}
 
 
 def evaluation_set(split: str, sequence_length: int, num_classes: int, feature_size: int, dataset_seed: int) -> Samples:

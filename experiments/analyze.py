@@ -157,7 +157,8 @@ def draw(tables: dict[str, list[dict]]) -> Figure:
             rows = [row for row in tables[table] if row["network"] == name]
             points = [row[x] for row in rows], [row["accuracy"] for row in rows]
             ax.plot(*points, ".", ms=2, ls=dashes, color=colours[name], label=name)
-    exact = [row for row in tables["noise"] if row["network"] == max(names, key=lambda name: _length(tables, name))]
+    positions = [row["network"] for row in tables["position"]]
+    exact = [row for row in tables["noise"] if row["network"] == max(names, key=positions.count)]
     points = [row["deviation"] for row in exact], [row["nearest"] for row in exact]
     noise.plot(*points, ls=DOTTED, color=GREY, label="exact memory, longest")
     kinds = {"of_nearest_vector": "of the\nnearest vector", "of_later_pair": "of a\nlater pair", "label_not_shown": "not shown"}
@@ -174,10 +175,6 @@ def draw(tables: dict[str, list[dict]]) -> Figure:
     errors.set(title="Wrong answers: the label", ylabel="Share of errors (%)", ylim=(0, 103))
     figure.legend(*noise.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
-
-
-def _length(tables: dict[str, list[dict]], name: str) -> int:
-    return sum(row["network"] == name for row in tables["position"])
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     alike: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        group = group_of(row["run"])
+        group = row["run"].rpartition("/")[0]
         alike.setdefault((group, row["sequence_length"], row["num_classes"], row["training"], row["of_epochs"]), []).append(row)
     for (group, length, classes, training, of_epochs), seeds in alike.items():
         unfinished = [f"seed {row['seed']}: {row['epochs']}, unfinished" for row in seeds if row["state"] == "unfinished"]
@@ -159,20 +159,11 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
     # Out of distribution: with as many classes as pairs, longer sequences than those trained on do not exist.
     apart = [r for r in results if len(r.tests) > 1 and r.options["num_classes"] > r.options["sequence_length"]]
     if apart:
-        labels = line_labels(group_of(result.name) for result in apart)
-        drawn = [
-            # A run without a group is called by its options.
-            curves.Curves(label or way_of_training(o), columns(result.tests), o["num_classes"], o["sequence_length"])
-            for group, label in labels.items()
-            for result in apart
-            if group_of(result.name) == group and (o := result.options)
-        ]
+        labels = line_labels(result.name.rpartition("/")[0] for result in apart)
+        runs = [(run, label) for group, label in labels.items() for run in apart if run.name.rpartition("/")[0] == group]
+        named = [(label or way_of_training(run.options), run) for run, label in runs]  # a run may be without a group
+        drawn = [curves.Curves(n, columns(r.tests), r.options["num_classes"], r.options["sequence_length"]) for n, r in named]
         yield "accuracy_by_tested_length", curves.accuracy_by_length(drawn)
-
-
-def group_of(run: str) -> str:
-    """Of `group/run`."""
-    return run.rpartition("/")[0]
 
 
 def line_labels(groups: Iterable[str]) -> dict[str, str]:
@@ -188,7 +179,7 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["test_accuracy"] is not None:
-            groups.setdefault(group_of(row["run"]), []).append(row)
+            groups.setdefault(row["run"].rpartition("/")[0], []).append(row)
     labels = line_labels(groups)
     figure = new_figure(ONE_COLUMN, 70)
     ax = figure.subplots()

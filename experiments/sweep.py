@@ -14,8 +14,7 @@ The YAML file names groups of runs. A group gives options of the task script; a 
 
 A group may be a list of such blocks. A run is the folder OUTPUT_DIR/GROUP/RUN, named after the options that have lists. Beside
 what the task script keeps there, it holds log.txt (what the run printed), command.txt (the commands that made it, each with the
-commit of the program) and accuracy_by_length.csv (accuracy on the published test set of the network of highest validation
-accuracy).
+commit of the program) and accuracy_by_length.csv (the network that is best in validation, on the published test set).
 """
 
 import argparse
@@ -49,13 +48,11 @@ from utils.results import COMMANDS
 SCRIPT = Path(task.__file__)
 LOG, LOCK = "log.txt", ".sweep.lock"
 POLL_SECONDS = 0.5
-say = functools.partial(print, flush=True)
 PARSER = Parser("")
-RECORDED = task.add_options(PARSER)
-DEFAULTS = vars(PARSER.complete())
 NOT_TO_SET = set("config resume evaluate print_options output_dir gpu multiprocessing_distributed start_epoch".split())
-# What a run finds depends on the others.
-DECISIVE = [n for n in RECORDED if n not in ("workers", "prefetch_factor", "device", "backend", "print_freq", "logging")]
+_INDECISIVE = ("workers", "prefetch_factor", "device", "backend", "print_freq", "logging")
+DECISIVE = [name for name in task.add_options(PARSER) if name not in _INDECISIVE]  # what a run finds depends on these
+DEFAULTS = vars(PARSER.complete())
 
 
 @in_one_line
@@ -78,9 +75,9 @@ def main(argv=None) -> int:
         list(places.map(functools.partial(work, waiting, ended, args.threads, interruption), gpus))
     failed = [(job, reason) for job, reason in ended if reason]
     done, left = len(ended) - len(failed), len(jobs) - len(ended)
-    say(f"{done} of {len(jobs)} runs done, {len(failed)} failed, {left} unfinished")
+    print(f"{done} of {len(jobs)} runs done, {len(failed)} failed, {left} unfinished", flush=True)
     for job, reason in failed:
-        say(f"failed: {job.name}: {reason} ({job.folder / LOG})")
+        print(f"failed: {job.name}: {reason} ({job.folder / LOG})", flush=True)
     return interruption.status or int(bool(failed))
 
 
@@ -139,11 +136,7 @@ class Job:
 
 
 def read_sweep(path: Path, output_dir: Path) -> list[Job]:
-    """The runs that a sweep file describes.
-
-    Raises:
-        UserError: unreadable, or a group or an option is wrong.
-    """
+    """The runs that a sweep file describes. Raises UserError where a group or an option is wrong."""
     jobs, name = [], "the file"
     try:
         found = read_words(path)
@@ -176,21 +169,20 @@ def _jobs(group_name: str, block: Any, output_dir: Path) -> Iterator[Job]:
         options = _options(given)
         if options["seed"] is None:
             raise UsageError("seed: a sweep needs seeds, so that its runs can be repeated")
-        try:
-            tested = {"sequence_length": test_lengths or options["sequence_length"], "evaluate": True}
-            lengths = _options(given | tested)["sequence_length"]
-        except UsageError as wrong:
-            raise UsageError(f"test_lengths: {wrong}") from None
+        tested = {"sequence_length": test_lengths or options["sequence_length"], "evaluate": True}
+        lengths = _options(given | tested, "test_lengths: ")["sequence_length"]
         # A switch is named True or False, however the file spells it.
         values = {name: options[name] if isinstance(options.get(name), bool) else given[name] for name in lists}
         name = f"{group_name}/{'-'.join(f'{name}{value}' for name, value in values.items()) or 'run'}"
         yield Job(name, output_dir / name, given, options, lengths if isinstance(lengths, tuple) else (lengths,))
 
 
-def _options(given: dict[str, Any]) -> dict[str, Any]:
+def _options(given: dict[str, Any], where: str = "") -> dict[str, Any]:
     """All options of the task script, these and the defaults. Raises UsageError."""
-    args = PARSER.complete(PARSER.given(words_of(given)))
-    task.check_together(args)
+    try:
+        task.check_together(args := PARSER.complete(PARSER.given(words_of(given))))
+    except UsageError as wrong:
+        raise UsageError(f"{where}{wrong}") from None
     return vars(args)
 
 
@@ -199,12 +191,11 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
 
 def find_gpus(jobs: int | None, threads: int) -> list[str | None]:
     """For each run at a time, its CUDA_VISIBLE_DEVICES; None: as it is."""
-    if count := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",")[:count] if visible else [str(n) for n in range(count)]
-        return [gpus[n % count] for n in range(jobs or count)]
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    gpus = visible.split(",")[:count] or [None]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [None] * (jobs or max(1, cores // threads))
+    return [gpus[n % len(gpus)] for n in range(jobs or count or max(1, cores // threads))]
 
 
 def work(waiting: deque[Job], ended: list[tuple[Job, str]], threads: int, interruption: Interruption, gpu: str | None) -> None:
@@ -218,12 +209,12 @@ def work(waiting: deque[Job], ended: list[tuple[Job, str]], threads: int, interr
             with hold(job.folder) as is_ours:
                 reason = attend(job, gpu, threads, interruption) if is_ours else None
         except OSError as failure:
-            is_ours, reason = True, str(failure)
-        if reason is not None:
-            ended.append((job, reason))
-        if not is_ours:
+            reason = str(failure)
+        if reason is None:
             waiting.append(job)
             time.sleep(POLL_SECONDS / (len(waiting) + 1))
+        else:
+            ended.append((job, reason))
 
 
 @contextlib.contextmanager
@@ -246,7 +237,7 @@ def attend(job: Job, gpu: str | None, threads: int, interruption: Interruption) 
     for testing in (False, True):
         if job.is_tested() if testing else job.epochs_done() >= job.options["epochs"]:
             continue
-        say(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}")
+        print(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}", flush=True)
         with open(job.folder / LOG, "a") as log, open(job.folder / COMMANDS, "a") as record:
             # The number of threads decides the last digits.
             record.write(f"{run.commit()}: OMP_NUM_THREADS={threads} {shown(job.command(testing))}\n")
@@ -258,10 +249,10 @@ def attend(job: Job, gpu: str | None, threads: int, interruption: Interruption) 
             process.terminate()  # it saves
             process.wait()
             return None
-        status, printed = process.returncode, (job.folder / LOG).read_text(errors="replace").strip()
-        last = printed.splitlines()[-1] if printed else f"exit status {status}"
-        reason = f"killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else last
-        say(f"{job.name}: {'failed: ' * bool(status)}{reason}")
+        status, printed = process.returncode, (job.folder / LOG).read_text(errors="replace").strip().splitlines()
+        killed = [f"killed by signal {-status} ({signal.strsignal(-status)})"] if status < 0 else []
+        reason = [f"exit status {status}", *printed[-1:], *killed][-1]
+        print(f"{job.name}: {'failed: ' * bool(status)}{reason}", flush=True)
         if status:
             return reason
     return ""
