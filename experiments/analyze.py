@@ -73,7 +73,8 @@ def analyse(path: Path) -> Iterator[tuple[str, dict]]:
         model.load_state_dict(checkpoint["state_dict"])
         return model
 
-    model, test = network(), data.evaluation_set("test", **data.sizes(params))
+    sizes = {name: params[name] for name in ("sequence_length", "num_classes", "feature_size", "dataset_seed")}
+    model, test = network(), data.evaluation_set("test", **sizes)
     distances = torch.cdist(test.query[:, None], test.features)[:, 0]  # N x L
     asked = distances.argmin(1)
     rank = distances.argsort(1).argsort(1)  # 0: the asked vector itself, 1: the one nearest to it

@@ -52,6 +52,7 @@ def start_both(hosts, folder, *words, **environment) -> list[Started]:
             *("--multiprocessing-distributed", "--world-size", "2", "--rank", str(rank)),
             prefix=("ip", "netns", "exec", host),
             OMP_NUM_THREADS="1",
+            GLOO_SOCKET_IFNAME="cable",  # this host's own name stands for loopback
             **environment,
         )
         for rank, host in enumerate(hosts)
