@@ -190,7 +190,7 @@ def test_words_of_the_command_line(words, values):
         ("--batchsize=5", "--batchsize: no such option, did you mean --batch_size?"),
         ("--local-rank=0", "--local_rank: no such option; start the processes by torchrun"),
         ("--config no.yaml", "--config no.yaml: No such file"),
-        ("--config ~nobody/x.yaml", "--config ~nobody/x.yaml: No such file"),
+        ("--config ~no-such-user/x", "--config ~no-such-user/x: No such file"),
         ("--config .", "--config .: Is a directory"),
         ("--curriculum_start 11", "--curriculum_start 11"),
         ("word", "'word': not an option"),
