@@ -21,6 +21,7 @@ import models
 from examples import use_as_library
 from examples.another_neuron import AdaptiveNeuron
 from examples.another_rule import OjaRule
+from experiments import export
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
 from utils import checkpoints
@@ -472,8 +473,6 @@ def types(value):
 
 
 def test_a_published_checkpoint_comes_back_as_it_was(ours, tmp_path):
-    from experiments import export
-
     path = tmp_path / "published.pth.tar"
     assert export.main([str(ours), str(path)]) == 0
     written, original = torch.load(path, weights_only=False), published()
@@ -483,12 +482,10 @@ def test_a_published_checkpoint_comes_back_as_it_was(ours, tmp_path):
     assert_same(dict(written["state_dict"]), dict(original["state_dict"]))
     assert_same(written["optimizer"]["state"], original["optimizer"]["state"])
     model = checkpoints.DEFAULTS.keys() & vars(original["params"])
-    assert len(model) == 15 and all(vars(written["params"])[n] == vars(original["params"])[n] for n in model)
+    assert len(model) == 16 and all(vars(written["params"])[n] == vars(original["params"])[n] for n in model)
 
 
 def test_networks_without_adam_are_written_for_the_original_implementation(tmp_path):
-    from experiments import export
-
     checkpoints.save_model(tmp_path / "mine.pth.tar", models.build_model({}), {})
     assert export.main([str(tmp_path / "mine.pth.tar"), str(tmp_path / "published.pth.tar")]) == 0
     written = torch.load(tmp_path / "published.pth.tar", weights_only=False)

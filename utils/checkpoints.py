@@ -65,15 +65,15 @@ def load_model(
     Raises:
         UserError: no such file, damaged, no checkpoint, or of another neuron or rule.
     """
-    checkpoint = load(path, neuron=neuron, rule=rule)
-    state_dict = checkpoint["state_dict"]
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # initial weights are drawn, and replaced
-            model = models.build_model(checkpoint["params"], backend, neuron, rule)
-    except ValueError as wrong:
-        raise UserError(f"{path}: {wrong}") from wrong
-    model.to(next(iter(state_dict.values())).dtype)
-    load_weights(model, state_dict, path)
+    with torch.device("cpu"):  # whatever the caller's default device is
+        checkpoint = load(path, neuron=neuron, rule=rule)
+        try:
+            with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+                model = models.build_model(checkpoint["params"], backend, neuron, rule)
+        except ValueError as wrong:
+            raise UserError(f"{path}: {wrong}") from wrong
+        model.to(next(iter(checkpoint["state_dict"].values())).dtype)
+        load_weights(model, checkpoint["state_dict"], path)
     return model
 
 
