@@ -132,24 +132,28 @@ def main(argv=None) -> int:
     if ranks is None or ranks.leads:  # all other processes are given the options and the checkpoint of this one
         resume, checkpoint = run.find_checkpoint(args.resume, args.output_dir, args.evaluate)
         if checkpoint:
-            args = parser.complete(options_of_run(parser, recorded, given, args, resume, checkpoint["params"]), given)
+            args = parser.complete(options_of_run(parser, recorded, given, args, resume or "", checkpoint["params"]), given)
         check_together(args)
     if args.print_options:
         print(dump({name: getattr(args, name) for name in recorded}), end="")
         return 0
-    if args.evaluate:
-        return launch.run(evaluate_checkpoint, ranks, args, resume, checkpoint)
-    if ranks is not None and not ranks.leads:
-        return launch.run(train, ranks, args)
+    nodes = ranks.nodes if ranks else 1
+    if args.evaluate or (ranks and not ranks.leads):
+        return launch.run(work, ranks, args, recorded, nodes, None, resume, checkpoint)
     with run.folder(args.output_dir, resume) as folder:
-        remedy = (
-            f"; the same command with --output_dir {shlex.quote(str(folder))} --resume auto resumes from the last checkpoint"
-        )
-        nodes = ranks.nodes if ranks else 1
-        return launch.run(train, ranks, args, recorded, nodes, folder, resume, checkpoint, remedy=remedy)
+        again = f"--output_dir {shlex.quote(str(folder))} --resume auto"
+        remedy = f"; the same command with {again} resumes from the last checkpoint"
+        return launch.run(work, ranks, args, recorded, nodes, folder, resume, checkpoint, remedy=remedy)
 
 
-def options_of_run(parser, recorded, given, args, resume: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+def work(args, recorded, nodes, folder, resume, checkpoint) -> int:
+    """What every process does, with what the first one was given. Returns the exit status."""
+    if args.evaluate:
+        return evaluate_checkpoint(args, resume, checkpoint)
+    return train(args, recorded, nodes, folder, resume, checkpoint)
+
+
+def options_of_run(parser, recorded, given, args, resume: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint, which are the defaults of a resume; what is given must be compatible with them."""
     try:
         record = parser.given(words_of({name: params[name] for name in params if name in recorded or name in REMOVED}))
@@ -158,10 +162,10 @@ def options_of_run(parser, recorded, given, args, resume: Path, params: Mapping[
     record = device.available(record)  # another machine may lack them
     model = add_model_options(Parser(""))
     fixed = [name for name in model if name != "sequence_length"] if args.evaluate else [*model, "dataset_seed"]
-    if args.check_params and (wrong := differences(given, record, fixed)):
-        raise UsageError(f"{resume}: options differ: {', '.join(wrong)}; --check_params 0 overrides")
-    if not args.evaluate and (wrong := differences(given, record, ["seed", "start_epoch"])):
-        raise UsageError(f"{resume}: cannot change the {', '.join(wrong)} of an existing run; leave that out to resume it")
+    if args.check_params and (differing := differences(given, record, fixed)):
+        raise UsageError(f"{resume}: options differ: {', '.join(differing)}; --check_params 0 overrides")
+    if not args.evaluate and (differing := differences(given, record, ["seed", "start_epoch"])):
+        raise UsageError(f"{resume}: cannot change the {', '.join(differing)} of an existing run; leave that out to resume it")
     return record
 
 
@@ -289,7 +293,7 @@ def train(
     return 0
 
 
-def build(options: Mapping[str, Any], backend: str, where: torch.device, resume: Path | None, checkpoint: dict | None):
+def build(options: Mapping[str, Any], backend: str, where: torch.device, resume, checkpoint: dict | None):
     """The network, with initial weights or the checkpoint's, on its device; and the name of the backend that runs it."""
     with out_of_memory_in_one_line(batch_size=0):
         model = models.build_model(options, backend)

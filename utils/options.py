@@ -211,7 +211,7 @@ def switch(word: str) -> bool:
     return word.lower() == "true"
 
 
-SWITCH = {"type": switch, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+SWITCH: dict[str, Any] = {"type": switch, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
 
 
 def path(word: str) -> str:
