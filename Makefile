@@ -25,7 +25,7 @@ test-all: lint
 lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy models data
+	$(VENV)/bin/mypy models data utils memorizing_associations_task.py plot_memorizing_associations_task.py
 
 format: $(VENV)/test-ready
 	$(VENV)/bin/ruff check --fix .

@@ -201,6 +201,9 @@ def train(
         print_rank0(f"{resume}: already trained for {epoch} epochs; increase --epochs to continue, or use --evaluate to test")
         return 0
 
+    samples, step_size = data.TRAINING_SAMPLES, args.batch_size * nodes
+    if sample >= samples > 0:
+        raise UserError(f"{resume}: {sample} samples of an epoch are done, which has {samples}; use another checkpoint")
     where = device.choose(args.device, args.gpu)
     seed = distributed.broadcast_object(random.SystemRandom().randrange(2**31)) if args.seed is None else args.seed
     torch.manual_seed(seed)
@@ -212,7 +215,6 @@ def train(
     elif checkpoint:
         print_rank0(f"{resume} contains no optimizer state; Adam starts from scratch")
 
-    samples, step_size = data.TRAINING_SAMPLES, args.batch_size * nodes
     task = {"num_classes": args.num_classes, "feature_size": args.feature_size, "dataset_seed": args.dataset_seed}
     validation = data.evaluation_set("validation", args.sequence_length, **task)
     network = DistributedDataParallel(model) if distributed.world_size() > 1 else model

@@ -43,7 +43,15 @@ from utils.errors import UserError, shown
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 
-_ABSENT = {"epoch": 0, "sample": 0, "best_acc": 0.0, "optimizer": None, "history": [], "running": {}, "parts": {}}
+_ABSENT: dict[str, Any] = {
+    "epoch": 0,
+    "sample": 0,
+    "best_acc": 0.0,
+    "optimizer": None,
+    "history": [],
+    "running": {},
+    "parts": {},
+}
 _NOT_LEARNED = "encoding_layer.encoding"
 _FOREIGN = "not a checkpoint of this program or of the original implementation"
 _PARTS = {"neuron": LIFNeuron, "rule": HebbianRule}  # the published ones
@@ -88,7 +96,7 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
         ValueError: not such a network, a misspelled option, or one that is not this network's.
         UserError: the file cannot be written.
     """
-    network = model
+    network: Any = model
     while not isinstance(network, MemorizingAssociations):
         network = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
         if network is None:
@@ -257,8 +265,8 @@ def find(folder: Path, names: tuple[str, ...] = (LAST, BEST), quiet: bool = Fals
         except UserError as failure:
             failures.append(str(failure))
         else:
-            for failure in failures:
-                print(f"warning: {failure}; going back to {path}, of epoch {checkpoint['epoch']}", flush=True)
+            for reason in failures:
+                print(f"warning: {reason}; going back to {path}, of epoch {checkpoint['epoch']}", flush=True)
             return path, checkpoint
     if failures and not quiet:
         raise UserError("; ".join(failures))

@@ -29,7 +29,7 @@ def shard(start: int, stop: int) -> tuple[int, int]:
     return start + size * rank() // world_size(), start + size * (rank() + 1) // world_size()
 
 
-def all_reduce(values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """The sum over the processes, or what else `op` says. Not differentiated through."""
     values = values.detach().clone()
     if world_size() > 1:

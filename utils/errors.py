@@ -104,6 +104,6 @@ def outlive_output() -> None:
     """Continue when standard output is lost or cannot spell a name: a training must not be lost with it."""
     if sys.stdout is None:  # closed from the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
-    elif sys.stdout is sys.__stdout__:
-        raw = _Output(sys.stdout.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, "backslashreplace", line_buffering=True)
+    elif sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+        raw = _Output(sys.__stdout__.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.__stdout__.encoding, "backslashreplace", line_buffering=True)

@@ -33,7 +33,7 @@ class EpochMetrics:
 
     def add(self, samples: int, sums: Mapping[str, Tensor]) -> None:
         """Add sums over `samples` samples of this process (scalars, detached here), the same names at every step."""
-        for name, total in (sums | {"samples": sums["train_loss"].new_tensor(samples)}).items():
+        for name, total in {**sums, "samples": sums["train_loss"].new_tensor(samples)}.items():
             self._sums[name] = self._sums.get(name, 0) + total.detach().double()
 
     def totals(self) -> dict[str, float]:
@@ -49,8 +49,8 @@ class EpochMetrics:
 
     def shown(self) -> dict[str, float]:
         """Loss and accuracy so far of this process."""
-        samples = max(self._sums["samples"], 1)  # its shard of the first batch may be empty
-        return {name: float(self._sums[f"train_{name}"] / samples) for name in ("loss", "accuracy")}
+        samples = max(float(self._sums["samples"]), 1.0)  # its shard of the first batch may be empty
+        return {name: float(self._sums[f"train_{name}"]) / samples for name in ("loss", "accuracy")}
 
 
 # Files

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         text = "read options from a YAML file; the command line overrides it, and a later file an earlier one"
         self.add_argument("--config", action="append", default=argparse.SUPPRESS, metavar="FILE.yaml", help=text)
         for name in REMOVED:
-            gone = {"nargs": "?", "const": "true", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            gone: dict[str, Any] = {"nargs": "?", "const": "true", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             self.add_argument(f"--{name}", type=removed(name), **gone)
 
     def given(self, words: Sequence[str] | None = None) -> dict[str, Any]:
@@ -122,7 +122,8 @@ class _Words(yaml.BaseLoader):
     """YAML whose scalars stay words (null is none), so that `010` and `1:30` are what they are on the command line."""
 
     def construct_mapping(self, node, deep=False):
-        found, merged = {}, {}
+        found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for pair in node.value:
             name, value = (self.construct_object(part, deep=True) for part in pair)
             if not isinstance(name, str):

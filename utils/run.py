@@ -72,8 +72,10 @@ def folder(output_dir: str, resume: Path | None) -> Iterator[Path]:
     Raises:
         UserError: it cannot be used, another process writes into it, or it holds another run or a later checkpoint of this one.
     """
-    if output_dir or (resume and resume.with_name(OPTIONS).exists()):
-        path = Path(output_dir) if output_dir else resume.parent
+    if output_dir:
+        path = Path(output_dir)
+    elif resume and resume.with_name(OPTIONS).exists():
+        path = resume.parent
     else:
         names = (f"{time.strftime('%Y%m%d-%H%M%S')}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
         path = next(path for name in names if not (path := Path("runs") / name).exists())
@@ -111,11 +113,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _check_rule(folder: Path, resume: Path | None) -> None:
-    here = resume is not None and resume.parent.resolve() == folder.resolve()  # the checkpoint itself may be a link
+    here = resume if resume and resume.parent.resolve() == folder.resolve() else None  # the checkpoint itself may be a link
     standing = [name for name in (OPTIONS, METRICS, checkpoints.LAST, checkpoints.BEST) if (folder / name).exists()]
     if standing and not here:
         raise UserError(f"--output_dir {folder}: holds a run already; --resume auto continues it, or choose another folder")
-    if here and resume.name != checkpoints.LAST and checkpoints.find(folder, (checkpoints.LAST,), quiet=True):
+    if here and here.name != checkpoints.LAST and checkpoints.find(folder, (checkpoints.LAST,), quiet=True):
         raise UserError(
             f"--resume {resume}: {folder / checkpoints.LAST} is the last checkpoint of this run; resume that, "
             "or choose another --output_dir"
