@@ -88,7 +88,8 @@ def main(argv=None) -> None:
     for file in (*targets.values(), *([Path(args.save_data)] if args.save_data else [])):
         files.check_writable(file)
 
-    drawn, numbers: dict = {}, {}
+    drawn: dict = {}
+    numbers: dict = {}
     if args.checkpoint_path:
         model, output, trial = record(args, source, checkpoint["state_dict"])
         numbers |= {n: v for n, v in trial._asdict().items() if not isinstance(v, dict)} | {"readout": trial.readout}
