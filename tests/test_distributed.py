@@ -131,7 +131,8 @@ def test_a_process_that_dies_ends_all_and_the_last_checkpoint_goes_on(tmp_path, 
     remedy = re.escape(f"; the same command with --output_dir {tmp_path} --resume auto resumes from the last checkpoint")
     assert status == 1
     assert re.fullmatch(f"error: {message}{remedy}", err.splitlines()[-1])
-    assert err.count("Traceback") == ("bug" in failure) and len(err.splitlines()) < (20 if "bug" in failure else 2)
+    assert err.count("Traceback") == ("bug" in failure)
+    assert len(err.splitlines()) < (20 if "bug" in failure else 4)  # PyTorch tells which process it ends.
     assert checkpoints.load(tmp_path / checkpoints.LAST)["epoch"] == 1
 
 
@@ -141,11 +142,14 @@ def test_a_death_ends_every_node(tmp_path):
     nodes = [
         Started(*NETWORK, "--epochs", "2", *where, "--rank", str(rank), SMALL_TASK_FAIL="1:3:SIGKILL") for rank in range(2)
     ]
-    cause = "no answer from another process", r"rank 1 \(process 0 terminated with signal SIGKILL, id \d+ on \S+\)"
-    for node, words in zip(nodes, cause, strict=True):
+    messages = (
+        "no answer from another process; the same command .* --resume auto resumes from the last checkpoint",
+        r"rank 1 \(process 0 terminated with signal SIGKILL, id \d+ on \S+\)",
+    )
+    for node, message in zip(nodes, messages, strict=True):
         status, _, err = node.end()
         assert status == 1
-        assert re.fullmatch(f"error: {words}; the same command .* checkpoint\n", err)
+        assert re.fullmatch(f"error: {message}\n", err)
 
 
 @pytest.mark.slow
@@ -215,8 +219,8 @@ def test_ctrl_c_outside_a_training_is_no_traceback(monkeypatch, capsys):
 def test_windows_is_told_in_one_line():
     """Without the modules and signals that Windows lacks, so that no import of them comes first."""
     program = (
-        "import signal, sys, torch; sys.platform = 'win32'; sys.modules['fcntl'] = None; del signal.SIGUSR1, signal.SIGHUP; "
-        "import memorizing_associations_task"
+        "import signal, sys, torch._dynamo; sys.platform = 'win32'; sys.modules['fcntl'] = None; "
+        "del signal.SIGUSR1, signal.SIGHUP; import memorizing_associations_task"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
