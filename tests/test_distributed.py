@@ -323,6 +323,7 @@ def test_a_host_name_that_nobody_knows(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("error: --dist_url: cannot resolve the host name nowhere.invalid (")
 
 
+@pytest.mark.slow
 def test_what_listens_and_does_not_answer_is_waited_for_a_while(tmp_path):
     """As the other node of a port in use does; PyTorch waits without an end."""
     with socket.socket() as deaf:

@@ -138,6 +138,7 @@ def lines(path):
     return path.read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other(tmp_path, capsys):
     group = {"sequence_length": [1, 2], "seed": 1, "epochs": 1, "backend": "reference", **SMALL}
     path = write(tmp_path / "sweep.yaml", small=group)

@@ -69,6 +69,7 @@ def test_two_nodes_train_as_one_process_does(hosts, single, tmp_path):
     assert not (tmp_path / hosts[1]).exists(), "only rank 0 writes"
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
     (trace := tmp_path / "trace").mkdir()
     both = start_both(hosts, tmp_path, "--epochs", "1000", SMALL_TASK_TRACE=str(trace))
