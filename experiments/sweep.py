@@ -226,8 +226,10 @@ def hold(folder: Path) -> Iterator[bool]:
             held.enter_context(FileLock(folder / LOCK).acquire(timeout=0))
             FileLock(folder / run.LOCK).acquire(timeout=0).lock.release()  # of a training, which may outlive its sweep
             is_ours = True
-        except (Timeout, NotImplementedError) as failure:
-            is_ours = not isinstance(failure, Timeout)  # without locks on this file system; the task script warns
+        except Timeout:
+            is_ours = False
+        except NotImplementedError:  # filelock's word for a file system without locks, of which the task script warns
+            is_ours = True
         yield is_ours
 
 
