@@ -93,9 +93,10 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be made or written to, or another process holds it.
     """
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (lock := FileLock(folder / LOCK)).acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"--output_dir {folder}: another process is writing into it; wait for its end or choose another folder"
