@@ -11,7 +11,7 @@ import math
 import random
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,10 @@ def main(argv=None) -> int:
     resume, checkpoint = None, None
     if ranks is None or ranks.leads:  # all other processes are given the options and the checkpoint of this one
         resume, checkpoint = run.find_checkpoint(args.resume, args.output_dir, args.evaluate)
-        if checkpoint:
-            args = parser.complete(options_of_run(parser, recorded, given, args, resume or "", checkpoint["params"]), given)
-        check_together(args)
+        if resume and checkpoint:
+            strict = {"evaluate": args.evaluate, "check_params": args.check_params}
+            args = parser.complete(options_of_run(parser, recorded, given, resume, checkpoint["params"], **strict), given)
+        check_lengths(args.sequence_length, args.num_classes, evaluate=args.evaluate, curriculum_start=args.curriculum_start)
     if args.print_options:
         print(dump({name: getattr(args, name) for name in recorded}), end="")
         return 0
@@ -153,7 +154,16 @@ def work(args, recorded, nodes, folder, resume, checkpoint) -> int:
     return train(args, recorded, nodes, folder, resume, checkpoint)
 
 
-def options_of_run(parser, recorded, given, args, resume: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
+def options_of_run(
+    parser: Parser,
+    recorded: Sequence[str],
+    given: Mapping[str, Any],
+    resume: str | Path,
+    params: Mapping[str, Any],
+    *,
+    evaluate: bool,
+    check_params: int,
+) -> dict[str, Any]:
     """The options of a checkpoint, which are the defaults of a resume; what is given must be compatible with them."""
     try:
         record = parser.given(words_of({name: params[name] for name in params if name in recorded or name in REMOVED}))
@@ -161,30 +171,27 @@ def options_of_run(parser, recorded, given, args, resume: str | Path, params: Ma
         raise UserError(f"{resume}: params: {wrong}") from wrong
     record = device.available(record)  # another machine may lack them
     model = add_model_options(Parser(""))
-    fixed = [name for name in model if name != "sequence_length"] if args.evaluate else [*model, "dataset_seed"]
-    if args.check_params and (differing := differences(given, record, fixed)):
+    fixed = [name for name in model if name != "sequence_length"] if evaluate else [*model, "dataset_seed"]
+    if check_params and (differing := differences(given, record, fixed)):
         raise UsageError(f"{resume}: options differ: {', '.join(differing)}; --check_params 0 overrides")
-    if not args.evaluate and (differing := differences(given, record, ["seed", "start_epoch"])):
+    if not evaluate and (differing := differences(given, record, ["seed", "start_epoch"])):
         raise UsageError(f"{resume}: cannot change the {', '.join(differing)} of an existing run; leave that out to resume it")
     return record
 
 
-def check_together(args: argparse.Namespace) -> None:
-    """Raises UsageError for what is impossible about the options together, with the remedy."""
-    all_lengths = args.sequence_length if isinstance(args.sequence_length, tuple) else (args.sequence_length,)
-    longest = max(all_lengths)
-    if longest > args.num_classes:
-        raise UsageError(
-            f"--sequence_length {longest} is more than --num_classes {args.num_classes}: labels are drawn without replacement; "
-            + (f"this network knows {args.num_classes} labels, so test at most as many pairs, or train with more classes"
-               if args.evaluate else "raise --num_classes or shorten the sequence")
-        )  # fmt: skip
-    if args.evaluate:
-        return
-    if len(all_lengths) > 1:
+def check_lengths(lengths: int | tuple[int, ...], num_classes: int, *, evaluate: bool, curriculum_start: int = 0) -> None:
+    """Raises UsageError for sequence lengths that are impossible with the other options, with the remedy."""
+    longest = max(lengths) if isinstance(lengths, tuple) else lengths
+    if longest > num_classes and evaluate:
+        raise UsageError(f"--sequence_length {longest}: this network knows {num_classes} labels, and no sequence holds one twice; "
+                         "test fewer pairs, or train with more --num_classes")  # fmt: skip
+    if longest > num_classes:
+        raise UsageError(f"--sequence_length {longest} is more than --num_classes {num_classes}, and no sequence holds a label "
+                         "twice; raise --num_classes or shorten the sequence")  # fmt: skip
+    if isinstance(lengths, tuple) and not evaluate:
         raise UsageError("--sequence_length: several lengths are for --evaluate; training takes one")
-    if args.curriculum_start > longest:
-        raise UsageError(f"--curriculum_start {args.curriculum_start} is more than --sequence_length {longest}")
+    if curriculum_start > longest and not evaluate:
+        raise UsageError(f"--curriculum_start {curriculum_start} is more than --sequence_length {longest}")
 
 
 # Training
@@ -200,26 +207,24 @@ def train(
     if epoch >= args.epochs:
         print_rank0(f"{resume}: already trained for {epoch} epochs; increase --epochs to continue, or use --evaluate to test")
         return 0
-
     samples, step_size = data.TRAINING_SAMPLES, args.batch_size * nodes
     if sample >= samples > 0:
         raise UserError(f"{resume}: {sample} samples of an epoch are done, which has {samples}; use another checkpoint")
+
     where = device.choose(args.device, args.gpu)
     seed = distributed.broadcast_object(random.SystemRandom().randrange(2**31)) if args.seed is None else args.seed
     torch.manual_seed(seed)
     model, backend = build(vars(args), args.backend, where, resume, checkpoint)
+    network = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     params = {name: getattr(args, name) for name in recorded} | {"seed": seed, "backend": backend, "device": where.type}
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
     if checkpoint and checkpoint["optimizer"]:
         optimizer.load_state_dict(checkpoint["optimizer"])
     elif checkpoint:
         print_rank0(f"{resume} contains no optimizer state; Adam starts from scratch")
-
     task = {"num_classes": args.num_classes, "feature_size": args.feature_size, "dataset_seed": args.dataset_seed}
     validation = data.evaluation_set("validation", args.sequence_length, **task)
-    network = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     tensorboard = TensorBoard(folder / "tensorboard" if args.logging and distributed.is_main() else None, epoch)
-    progress = Progress(args.epochs * samples, epoch * samples + sample, args.print_freq)
 
     def save(is_best: bool = False) -> None:
         content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "params": params}
@@ -228,8 +233,8 @@ def train(
         if distributed.is_main():
             run.save(folder, content, is_best)
 
+    save()  # from here on --resume auto continues; and this shows at once whether the folder can be written to
     if distributed.is_main():
-        save()  # from here on --resume auto continues; and this shows at once whether the folder can be written to
         changed = differences(params, checkpoint["params"], recorded) if checkpoint else []
         words = f"in epoch {epoch + 1} after {sample} samples: {backend} on {where.type}, {step_size} samples in a step"
         run.record(folder, dump(params | {"batch_size": step_size}), resume, ", ".join([words, *changed]))
@@ -245,8 +250,9 @@ def train(
                 print_rank0(f"warning: a step takes {step_size:,} samples, not {history[-1]['batch_size']:,} as before; "
                             "--batch_size counts per node")  # fmt: skip
 
+    progress = Progress(args.epochs * samples, epoch * samples + sample, args.print_freq)
     with Interruption(patient=distributed.world_size() > 1) as interruption:
-        while epoch < args.epochs:
+        while epoch < args.epochs and not (status := distributed.all_reduce_max(interruption.status)):
             decays = epoch // args.decay_learning_rate_every
             learning_rate = args.learning_rate * args.learning_rate_decay**decays
             l2 = args.l2 * args.l2_decay**decays if epoch > 0 else 0.0
@@ -266,29 +272,28 @@ def train(
                 metrics.add(len(batch), sums)
                 progress.step(end - first, f"epoch {epoch + 1}", samples - end, metrics.shown)
                 if end < samples and distributed.all_reduce_max(interruption.status):
-                    sample, running = end, metrics.totals()
                     break
-            else:  # the epoch is complete
-                loss, accuracy = evaluate(model, validation, min(args.batch_size, EVALUATION_BATCH), where)
-                line = {"epoch": epoch + 1, "learning_rate": learning_rate, "batch_size": step_size} | metrics.means()
-                line |= {"validation_loss": loss, "validation_accuracy": accuracy}
-                is_best = accuracy > best_acc or (not history and best_acc == 0)
-                best_acc = accuracy if is_best else best_acc
-                history.append(line)
-                epoch, sample, running = epoch + 1, 0, {}
-                save(is_best)
-                progress.epoch(line, args.epochs)
-                report_silence(history, short=args.sequence_length <= 2 or args.curriculum_start > 0)
-                tensorboard.write(line)
-            if status := distributed.all_reduce_max(interruption.status):
-                if sample:
-                    save()
-                if epoch < args.epochs:
-                    progress.close()
-                    print_rank0(f"interrupted in epoch {epoch + 1} after {sample} of {samples} samples; "
-                                f"--resume {shlex.quote(str(folder / checkpoints.LAST))} continues")  # fmt: skip
-                    return status
+            if end < samples:  # a signal came
+                sample, running = end, metrics.totals()
+                save()
+                continue
+
+            tested = evaluate(model, validation, min(args.batch_size, EVALUATION_BATCH), where)
+            line = {"epoch": epoch + 1, "learning_rate": learning_rate, "batch_size": step_size} | metrics.means()
+            line |= {"validation_loss": tested["loss"], "validation_accuracy": tested["accuracy"]}
+            is_best = tested["accuracy"] > best_acc or (not history and best_acc == 0)
+            best_acc = max(tested["accuracy"], best_acc)
+            history.append(line)
+            epoch, sample, running = epoch + 1, 0, {}
+            save(is_best)
+            tensorboard.write(line)
+            progress.epoch(line, args.epochs)
+            report_silence(history, short=args.sequence_length <= 2 or args.curriculum_start > 0)
     progress.close()
+    if epoch < args.epochs:
+        print_rank0(f"interrupted in epoch {epoch + 1} after {sample} of {samples} samples; "
+                    f"--resume {shlex.quote(str(folder / checkpoints.LAST))} continues")  # fmt: skip
+        return status
     best = folder / checkpoints.BEST
     known = f"; --resume {shlex.quote(str(best))} --evaluate tests it" if best.exists() else ", reached before this run's start"
     print_rank0(f"best validation accuracy {best_acc:.3f} %{known}")
@@ -356,28 +361,36 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device) -> tuple[float, float]:
-    """Mean cross entropy and accuracy in percent, each process on its part.
+def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device) -> dict[str, float]:
+    """Test a network, each process on its part of the samples.
 
     The parts are made of the batches that one process takes: the rounding of a matrix product depends on the size of the batch,
     and may flip a spike.
 
+    Returns:
+        Means over the samples: `loss`, the cross entropy; `accuracy` in percent, where the first of several greatest logits is
+        the answer; `accuracy_ties_shared` in percent, where each of k greatest logits is the answer with 1/k; `ties`, the
+        percentage of samples with several. (A network without an output spike gives all labels the same logit.)
+
     Raises:
         UserError: the loss or the memory is not finite.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=where)
+    sums = torch.zeros(4, dtype=torch.float64, device=where)
     for first in range(0, len(samples), batch_size)[distributed.rank() :: distributed.world_size()]:
         batch = samples[first : first + batch_size].to(where)
         with out_of_memory_in_one_line(batch_size):
             logits = model(batch.features, batch.labels, batch.query).logits
-        correct = (logits.argmax(1) == batch.answer).sum()
-        sums += torch.stack([cross_entropy(logits, batch.answer, reduction="sum").double(), correct.double()])
-    loss, correct = distributed.all_reduce(sums).tolist()
+        greatest = logits == logits.amax(1, keepdim=True)
+        of_answer = greatest.gather(1, batch.answer[:, None])[:, 0]
+        correct, ties = logits.argmax(1) == batch.answer, greatest.sum(1)
+        loss = cross_entropy(logits, batch.answer, reduction="sum")
+        sums += torch.stack([x.double().sum() for x in (loss, 100 * correct, 100 * of_answer / ties, 100 * (ties > 1))])
+    sums = distributed.all_reduce(sums)
     few = samples[:4].to(where)  # a memory that diverges silences the neurons that read it, and the loss stays finite
     memory = model(few.features, few.labels, few.query, record=True).activity["memory"]
-    if not (math.isfinite(loss) and torch.isfinite(memory).all()):
-        raise not_finite("evaluation", "the memory" if math.isfinite(loss) else "the loss", model.dynamics)
-    return loss / len(samples), 100 * correct / len(samples)
+    if not (torch.isfinite(sums).all() and torch.isfinite(memory).all()):
+        raise not_finite("evaluation", "the loss" if torch.isfinite(memory).all() else "the memory", model.dynamics)
+    return dict(zip(("loss", "accuracy", "accuracy_ties_shared", "ties"), (sums / len(samples)).tolist(), strict=True))
 
 
 def evaluate_checkpoint(args: argparse.Namespace, resume: Path, checkpoint: dict) -> int:
@@ -385,27 +398,34 @@ def evaluate_checkpoint(args: argparse.Namespace, resume: Path, checkpoint: dict
     where = device.choose(args.device, args.gpu)
     model, _ = build(vars(args), args.backend, where, resume, checkpoint)
     print_rank0(str(resume) + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
+    if note := note_on_data(checkpoint["params"]):
+        print_rank0(note)
     task = {"num_classes": args.num_classes, "feature_size": args.feature_size, "dataset_seed": args.dataset_seed}
     rows = []
     for length in args.sequence_length if isinstance(args.sequence_length, tuple) else (args.sequence_length,):
         samples = data.evaluation_set("test", length, **task)
-        loss, accuracy = evaluate(model, samples, min(args.batch_size, EVALUATION_BATCH), where)
-        trained = {"trained_length": checkpoint["params"]["sequence_length"], "samples": len(samples)}
-        of = {"num_classes": args.num_classes, "dataset_seed": args.dataset_seed, "checkpoint": str(resume)}
-        rows.append({"sequence_length": length, "accuracy": accuracy, "loss": loss} | trained | of)
-        print_rank0(f"sequence_length {length:3d}  loss {loss:.4f}  accuracy {accuracy:7.3f} %")
-    if distributed.is_main() and (len(rows) > 1 or args.output_dir):
-        beside = Path(f"{str(resume).removesuffix('.pth.tar')}.{run.TABLE}")
-        try:
+        tested = evaluate(model, samples, min(args.batch_size, EVALUATION_BATCH), where)
+        rows.append({"sequence_length": length, "accuracy": tested["accuracy"], "loss": tested["loss"]}
+                    | {"trained_length": checkpoint["params"]["sequence_length"], "samples": len(samples)}
+                    | {"num_classes": args.num_classes, "dataset_seed": args.dataset_seed, "checkpoint": str(resume)}
+                    | {"accuracy_ties_shared": tested["accuracy_ties_shared"], "ties": tested["ties"]})  # fmt: skip
+        print_rank0(f"sequence_length {length:3d}  loss {tested['loss']:.4f}  accuracy {tested['accuracy']:7.3f} %"
+                    + (f"  ties {tested['ties']:.2f} %, with ties shared {tested['accuracy_ties_shared']:.3f} %"
+                       if tested["ties"] else ""))  # fmt: skip
+    try:
+        if distributed.is_main() and (len(rows) > 1 or args.output_dir):
+            beside = Path(f"{str(resume).removesuffix('.pth.tar')}.{run.TABLE}")
             write_table(Path(args.output_dir) / run.TABLE if args.output_dir else beside, rows)
-        except UserError as failure:
-            print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")  # it is not lost with the table
-            if args.output_dir:
-                raise
-            print(f"warning: {failure}", flush=True)
-            return 0
-    print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
+    finally:  # the result is not lost with the table
+        print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
     return 0
+
+
+def note_on_data(params: Mapping[str, Any]) -> str:
+    """What to know of a network that was not trained on the samples of this task; empty for the others."""
+    if "dataset_seed" in params:
+        return ""
+    return "note: no dataset_seed is recorded, so it was trained on other data; the test set holds uniform vectors in [0, 1)"
 
 
 if __name__ == "__main__":

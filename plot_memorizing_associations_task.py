@@ -18,7 +18,7 @@ import torch
 
 import data
 import models
-from memorizing_associations_task import add_model_options, check_together, options_of_run
+from memorizing_associations_task import add_model_options, check_lengths, note_on_data, options_of_run
 from utils import checkpoints, results
 from utils.errors import UsageError, UserError, in_one_line
 from utils.figures import activity, animation, curves, files
@@ -78,8 +78,8 @@ def main(argv=None) -> None:
 
     if args.checkpoint_path:
         checkpoint = checkpoints.load(source)
-        as_evaluated = argparse.Namespace(**vars(args), evaluate=True)
-        of_checkpoint = options_of_run(parser, recorded, given, as_evaluated, source, checkpoint["params"])
+        strict = {"evaluate": True, "check_params": args.check_params}
+        of_checkpoint = options_of_run(parser, recorded, given, source, checkpoint["params"], **strict)
         at_random = {"example": int(np.random.default_rng(args.seed).integers(data.EVALUATION_SAMPLES["test"]))}
         args = parser.complete(of_checkpoint, {} if args.seed is None else at_random, given)
         check_sample(args)
@@ -94,6 +94,8 @@ def main(argv=None) -> None:
         model, output, trial = record(args, source, checkpoint["state_dict"])
         numbers |= {n: v for n, v in trial._asdict().items() if not isinstance(v, dict)} | {"readout": trial.readout}
         print(f"checkpoint        {source}" + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
+        if note := note_on_data(checkpoint["params"]):
+            print(note)
         if checkpoint["epoch"]:
             print(f"best accuracy     {checkpoint['best_acc']:.3f} % (validation)")
         print(f"sample            {args.example} of the test set, {len(trial.labels)} pairs")
@@ -130,7 +132,7 @@ def check_sample(args: argparse.Namespace) -> None:
     """Raises UsageError where there is no such sample, or where no neuron of a population or no time would be left to draw."""
     if isinstance(args.sequence_length, tuple):
         raise UsageError("--sequence_length: one length can be drawn at a time")
-    check_together(argparse.Namespace(**vars(args), evaluate=True))
+    check_lengths(args.sequence_length, args.num_classes, evaluate=True)
     first, last = args.neurons or (0, 0)
     smallest = min(args.embedding_size, args.memory_size)
     if not first <= last or first >= smallest:

@@ -180,7 +180,10 @@ def _jobs(group_name: str, block: Any, output_dir: Path) -> Iterator[Job]:
 def _options(given: dict[str, Any], where: str = "") -> dict[str, Any]:
     """All options of the task script, these and the defaults. Raises UsageError."""
     try:
-        task.check_together(args := PARSER.complete(PARSER.given(words_of(given))))
+        args = PARSER.complete(PARSER.given(words_of(given)))
+        task.check_lengths(
+            args.sequence_length, args.num_classes, evaluate=args.evaluate, curriculum_start=args.curriculum_start
+        )
     except UsageError as wrong:
         raise UsageError(f"{where}{wrong}") from None
     return vars(args)

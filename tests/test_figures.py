@@ -343,7 +343,7 @@ def refused(capsys, *arguments) -> str:
         ([], ["--checkpoint_path", "--metrics", "--csv"]),
         (["--thr", "0.2", "--memory-size", "50"], ["thr 0.2 (checkpoint: 0.1)", "memory_size 50 (checkpoint: 20)"]),
         (["--memory_size", "5", "--check_params", "0"], [str(PUBLISHED), "size mismatch"]),
-        (["--sequence_length", "4"], ["--sequence_length 4", "--num_classes 3"]),
+        (["--sequence_length", "4"], ["--sequence_length 4", "knows 3 labels"]),
         (["--sequence_length", "2,3"], ["--sequence_length", "one length"]),
         (["--example", "2000"], ["--example", "1999"]),
         (["--neurons", "3"], ["--neurons", "2 arguments"]),

@@ -87,7 +87,8 @@ def stub(monkeypatch):
 
     def evaluate(model, samples, batch_size, where):
         epoch = seen.steps[-1]["epoch"]
-        return seen.validation[epoch] if seen.validation else (1.0, 50.0)
+        loss, accuracy = seen.validation[epoch] if seen.validation else (1.0, 50.0)
+        return {"loss": loss, "accuracy": accuracy}
 
     def recorded_set(split, *sizes, **others):
         seen.splits.append(split)
@@ -223,16 +224,24 @@ def test_the_best_network_is_the_most_accurate_on_validation_data_alone(stub, tm
     assert set(stub.splits) == {"validation"}
 
 
-def test_a_set_that_the_batch_does_not_divide_is_evaluated_whole():
+def test_a_set_that_the_batch_does_not_divide_is_evaluated_whole_and_ties_are_shared():
     samples = data.evaluation_set("validation", 2, 3, 5, 42)[:31]
+    logits = samples.features[:, 0, :3].clone()
+    logits[:9] = 0  # all three labels tie
+    logits[9:11] = torch.tensor([1.0, 1.0, 0.0])
+    of_sample = {tuple(query.tolist()): row for query, row in zip(samples.query, logits, strict=True)}
 
     def model(features, labels, query, record=False):
-        return models.Output(features[:, 0, :3], {}, {"memory": features})
+        found = torch.stack([of_sample[tuple(one.tolist())] for one in query])
+        return models.Output(found, {}, {"memory": features})
 
-    loss, accuracy = task.evaluate(model, samples, 8, torch.device("cpu"))
-    logits = samples.features[:, 0, :3]
-    assert loss == pytest.approx(cross_entropy(logits, samples.answer).item())
-    assert accuracy == pytest.approx(100 * (logits.argmax(1) == samples.answer).double().mean().item())
+    tested = task.evaluate(model, samples, 8, torch.device("cpu"))
+    single = (logits.argmax(1) == samples.answer).double()
+    assert tested["loss"] == pytest.approx(cross_entropy(logits, samples.answer).item())
+    assert tested["accuracy"] == pytest.approx(100 * single.mean().item())
+    shared = 9 / 3 + (samples.answer[9:11] < 2).sum().item() / 2 + single[11:].sum().item()
+    assert tested["accuracy_ties_shared"] == pytest.approx(100 * shared / 31)
+    assert tested["ties"] == pytest.approx(100 * 11 / 31)
 
 
 def test_initial_weights_have_their_published_ranges(stub, tmp_path, monkeypatch):
