@@ -183,8 +183,8 @@ def check_lengths(lengths: int | tuple[int, ...], num_classes: int, *, evaluate:
     """Raises UsageError for sequence lengths that are impossible with the other options, with the remedy."""
     longest = max(lengths) if isinstance(lengths, tuple) else lengths
     if longest > num_classes and evaluate:
-        raise UsageError(f"--sequence_length {longest}: this network knows {num_classes} labels, so test at most as many pairs, "
-                         "or train with more --num_classes")  # fmt: skip
+        raise UsageError(f"--sequence_length {longest}: this network knows {num_classes} labels, so test {num_classes} pairs at most; "
+                         "for more, train with more --num_classes")  # fmt: skip
     if longest > num_classes:
         raise UsageError(f"--sequence_length {longest} is more than --num_classes {num_classes}, and no sequence holds a label "
                          "twice; raise --num_classes or shorten the sequence")  # fmt: skip
