@@ -31,7 +31,23 @@ from utils.distributed import print_rank0
 from utils.errors import UsageError, UserError, in_one_line, not_finite, out_of_memory_in_one_line
 from utils.interruption import Interruption
 from utils.metrics import EpochMetrics, TensorBoard, write_table
-from utils.options import REMOVED, SWITCH, Parser, differences, dump, lengths, number, of, optional, path, words_of
+from utils.options import (
+    OWN,
+    REMOVED,
+    SWITCH,
+    Parser,
+    constants_of_objects,
+    differences,
+    dump,
+    imported,
+    lengths,
+    module_and_name,
+    number,
+    of,
+    optional,
+    path,
+    words_of,
+)
 from utils.progress import Progress, report_silence
 
 EVALUATION_BATCH = 125  # small enough that there is one for each of 8 processes
@@ -60,6 +76,8 @@ def add_model_options(parser: Parser) -> list[str]:
     add("--refractory_time_steps", **of(LIFNeuron, "refractory_time_steps"), help="refractory time after a spike, ms")
     add("--tau_mem", **of(LIFNeuron, "tau_mem"), help="time constant of the membrane, ms")
     add("--dampening_factor", **of(LIFNeuron, "dampening_factor"), help="height of the surrogate derivative")
+    add("--neuron", type=module_and_name, default="", metavar="MODULE:NAME", help="your own neuron: a class, or an object")
+    add("--rule", type=module_and_name, default="", metavar="MODULE:NAME", help="your own Hebbian rule: a class, or an object")
     return [action.dest for action in group._group_actions]
 
 
@@ -125,6 +143,7 @@ def main(argv=None) -> int:
     parser = Parser(__doc__.splitlines()[0])
     recorded = add_options(parser)
     given = parser.given(argv)
+    given = constants_of_objects(given) | given
     args = parser.complete(given)
     ranks = launch.find_ranks(args)
     launch.check(ranks, args)
@@ -169,7 +188,9 @@ def options_of_run(
         record = parser.given(words_of({name: params[name] for name in params if name in recorded or name in REMOVED}))
     except UsageError as wrong:
         raise UserError(f"{resume}: params: {wrong}") from wrong
-    record = device.available(record)  # another machine may lack them
+    record = dict.fromkeys(OWN, "") | device.available(record)  # another machine may lack the device or the backend
+    if missing := [f"--{name} {record[name]}" for name in OWN if record[name] and name not in given]:
+        raise UsageError(f"{resume}: give {' '.join(missing)} again; a module that a checkpoint names is never imported")
     model = add_model_options(Parser(""))
     fixed = [name for name in model if name != "sequence_length"] if evaluate else [*model, "dataset_seed"]
     if check_params and (differing := differences(given, record, fixed)):
@@ -183,8 +204,10 @@ def check_lengths(lengths: int | tuple[int, ...], num_classes: int, *, evaluate:
     """Raises UsageError for sequence lengths that are impossible with the other options, with the remedy."""
     longest = max(lengths) if isinstance(lengths, tuple) else lengths
     if longest > num_classes and evaluate:
-        raise UsageError(f"--sequence_length {longest}: this network knows {num_classes} labels, so test {num_classes} pairs at most; "
-                         "for more, train with more --num_classes")  # fmt: skip
+        raise UsageError(
+            f"--sequence_length {longest}: this network knows {num_classes} labels, so test at most as many pairs; for more, "
+            "train with more --num_classes"
+        )
     if longest > num_classes:
         raise UsageError(f"--sequence_length {longest} is more than --num_classes {num_classes}, and no sequence holds a label "
                          "twice; raise --num_classes or shorten the sequence")  # fmt: skip
@@ -303,12 +326,24 @@ def train(
 def build(options: Mapping[str, Any], backend: str, where: torch.device, resume, checkpoint: dict | None):
     """The network, with initial weights or the checkpoint's, on its device; and the name of the backend that runs it."""
     with out_of_memory_in_one_line(batch_size=0):
-        model = models.build_model(options, backend)
+        model = model_of(options, backend)
     name = models.backends.choose(backend, str(where), model.dynamics, models.store_and_recall)
     print_rank0(f"backend {name} on {where.type}" + device.unused_gpu(where))
     if checkpoint:
         checkpoints.load_weights(model, checkpoint["state_dict"], resume)
     return model.to(where), name
+
+
+def model_of(options: Mapping[str, Any], backend: str):
+    """The network of the options, with the neuron and the rule that they name. Raises UsageError where these contradict."""
+    parts = {name: imported(name, options[name]) for name in OWN}
+    for name, part in parts.items():
+        if isinstance(part, type):  # a class takes its constants from the options, as far as it has them
+            parts[name] = part(**{f: options[f] for f in getattr(part, "__dataclass_fields__", ()) if f in options})
+    try:
+        return models.build_model(options, backend, **parts)
+    except ValueError as wrong:
+        raise UsageError(str(wrong)) from wrong
 
 
 def shard_of(draw, first: int, end: int, **sizes: int) -> data.Samples:

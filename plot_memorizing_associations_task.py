@@ -18,11 +18,11 @@ import torch
 
 import data
 import models
-from memorizing_associations_task import add_model_options, check_lengths, note_on_data, options_of_run
+from memorizing_associations_task import add_model_options, check_lengths, model_of, note_on_data, options_of_run
 from utils import checkpoints, results
 from utils.errors import UsageError, UserError, in_one_line
 from utils.figures import activity, animation, curves, files
-from utils.options import REMOVED, SWITCH, Parser, number, optional, path
+from utils.options import REMOVED, SWITCH, Parser, constants_of_objects, number, optional, path
 
 # Figure -> the option that names what it is drawn from. The animation takes its time: it is drawn when asked for by name.
 SOURCE = dict.fromkeys(("overview", "memory", "membranes", "animation"), "checkpoint_path")
@@ -62,6 +62,7 @@ def main(argv=None) -> None:
     parser = Parser(__doc__.splitlines()[0])
     recorded = add_options(parser)
     given = parser.given(argv)
+    given = constants_of_objects(given) | given
     args = parser.complete(given)
     possible = [name for name, source in SOURCE.items() if any(getattr(args, source))]
     if not possible:
@@ -146,7 +147,7 @@ def check_sample(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def record(args: argparse.Namespace, source: Path, state_dict: Mapping[str, torch.Tensor]):
     """The network, what it does with one sample of the published test set, and both of them as arrays."""
-    model = models.build_model(vars(args), "reference")  # the plain model alone records membranes
+    model = model_of(vars(args), "reference")  # the plain model alone records membranes
     checkpoints.load_weights(model, state_dict, source)
     samples = data.evaluation_set("test", args.sequence_length, args.num_classes, args.feature_size, args.dataset_seed)
     sample = samples[args.example : args.example + 1]

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib
 import math
 import os
 import re
@@ -14,10 +15,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-from utils.errors import UsageError, shown
+from utils.errors import UsageError, UserError, shown
 
 # Options that are gone, each with the value at which it changed nothing; records and checkpoints of v0.3 hold some of them.
-REMOVED = {"network": "hebbian_snn", "rule": "hebbian", "rectified": "true", "positions": "false"}
+REMOVED = {"network": "hebbian_snn", "rectified": "true", "positions": "false"}
 REMOVED |= {"adaptation": "", "tau_adaptation": "", "mixed_lengths": "0"}
 _ABSENT = object()  # of an option that is not given
 
@@ -167,6 +168,35 @@ def differences(values: Mapping[str, Any], record: Mapping[str, Any], names: Seq
     return [f"{name} {values[name]} (checkpoint: {record[name]})" for name in both]
 
 
+# Own neurons and rules
+
+OWN = ("neuron", "rule")
+
+
+def imported(option: str, text: str) -> Any:
+    """The class or object that a text MODULE:NAME stands for; None for an empty text.
+
+    Raises:
+        UserError: it cannot be imported here.
+    """
+    if not text:
+        return None
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, _, name = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as failure:  # the module is the user's, and may raise anything
+        raise UserError(f"--{option} {text}: cannot be imported here ({type(failure).__name__}: {shown(failure)})") from failure
+
+
+def constants_of_objects(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants of the objects, not classes, that are given as neuron and rule."""
+    parts = [imported(option, given.get(option, "")) for option in OWN]
+    objects = [part for part in parts if part is not None and not isinstance(part, type)]
+    return {field: getattr(part, field) for part in objects for field in getattr(part, "__dataclass_fields__", ())}
+
+
 # Types: functions of a word, which say in an ArgumentTypeError what is expected.
 
 
@@ -220,6 +250,15 @@ def path(word: str) -> str:
     if not word.isprintable():
         raise argparse.ArgumentTypeError(f"must be printable text, not {short(word)}")
     return "" if word == "none" else os.path.expanduser(word)
+
+
+def module_and_name(word: str) -> str:
+    """MODULE:NAME of a class or an object; none, and v0.3's word for the paper's rule, are an empty text."""
+    if word in ("", "none", "hebbian"):
+        return ""
+    if not re.fullmatch(r"[\w.]+:\w+", word):
+        raise argparse.ArgumentTypeError(f"must be MODULE:NAME, like examples.another_rule:OjaRule, not {short(word)}")
+    return word
 
 
 def lengths(word: str) -> int | tuple[int, ...]:
