@@ -50,13 +50,16 @@ from utils.options import (
 )
 from utils.progress import Progress, report_silence
 
-EVALUATION_BATCH = 125  # small enough that there is one for each of 8 processes
+EVALUATION_BATCH = 125  # eight processes have one batch each of the 1,000 validation samples
 
 # fmt: off
 
 
 def add_model_options(parser: Parser) -> list[str]:
-    """What a network is: a checkpoint's must be the same to resume, evaluate or draw it. Returns their names."""
+    """Add the options that define the network: both scripts have them. Returns their names.
+
+    Defaults and bounds of the constants stand once, in the dataclasses that `of` names; --help shows them.
+    """
     add = (group := parser.add_argument_group("model")).add_argument
     add("--sequence_length", type=lengths, default=10, help="pairs in a sequence; with --evaluate several: 2,5,10 or 2-10")
     add("--num_classes", **of(Sizes, "num_classes"), help="labels to draw from")
@@ -82,8 +85,7 @@ def add_model_options(parser: Parser) -> list[str]:
 
 
 def add_options(parser: Parser) -> list[str]:
-    """All options of this script. Returns the names of those that say what a run is: they are recorded in its folder and in its
-    checkpoints, and taken from there at a resume."""
+    """Add all options. Returns the names of those that a run records in its folder and its checkpoints, for a resume."""
     recorded = add_model_options(parser)
 
     add = (group := parser.add_argument_group("data")).add_argument
@@ -95,13 +97,13 @@ def add_options(parser: Parser) -> list[str]:
 
     add = (group := parser.add_argument_group("training")).add_argument
     add("--epochs", type=number(int, 1), default=250, help="total number of epochs")
-    add("--batch_size", type=number(int, 1), default=512, help="samples in a batch, over all processes of a node")
+    add("--batch_size", type=number(int, 1), default=512, help="samples in a step on one node, over its processes")
     add("--learning_rate", type=number(float, above=0, high=1e6), default=0.003, help="learning rate of Adam")
     add("--learning_rate_decay", type=number(float, above=0, high=1), default=0.85, help="factor of the learning rate's decay")
     add("--decay_learning_rate_every", type=number(int, 1), default=20, help="decay the learning rate every N epochs")
     add("--max_grad_norm", type=number(float), default=40.0, help="clip the norm of the gradient; 0 or less: off")
     add("--l2", type=number(float, 0), default=1e-5, help="strength of the rate regularization, from the second epoch on")
-    add("--l2_decay", type=number(float, above=0, high=1), default=1.0, help="factor of the decay of l2")
+    add("--l2_decay", type=number(float, above=0, high=1), default=1.0, help="factor of l2 whenever the learning rate decays")
     add("--target_rate", type=number(float, 0), default=0.0, help="target firing rate of the rate regularization, Hz")
     add("--seed", type=optional(number(int, 0, 2**63 - 1)), help="seed of the initial weights; none: draw and report one")
     add("--start_epoch", type=number(int, 0), default=0, help="number of the first epoch of a new run")
@@ -112,16 +114,16 @@ def add_options(parser: Parser) -> list[str]:
     add = (group := parser.add_argument_group("execution")).add_argument
     add("--device", type=path, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--backend", choices=models.BACKENDS, default="auto", help="kernel backend; auto: the fastest that runs here")
-    add("--print_freq", type=number(int, 1), default=1, help="training steps between two updates of what is shown")
-    add("--logging", **SWITCH, help="write TensorBoard logs, too (needs the package tensorboard)")
+    add("--print_freq", type=number(int, 1), default=1, help="update the display every N steps")
+    add("--logging", **SWITCH, help="also write TensorBoard logs (needs the package tensorboard)")
     recorded += [action.dest for action in group._group_actions]
 
     add = parser.add_argument_group("run").add_argument
-    add("--resume", type=path, default="", help="checkpoint or run folder to resume or evaluate; auto: that of --output_dir")
+    add("--resume", type=path, default="", help="checkpoint or run folder to resume or evaluate; auto: the folder --output_dir")
     add("--check_params", type=int, choices=(0, 1), default=1, help="0: accept model options that differ from the checkpoint's")
     add("--evaluate", **SWITCH, help="test the --resume checkpoint on the original test set")
     add("--print_options", **SWITCH, help="print the options as YAML, which --config reads, and stop")
-    add("--output_dir", type=path, default="", help="folder of the run; empty: a new one in runs/")
+    add("--output_dir", type=path, default="", help="folder of the run; empty: that of --resume, or a new one in runs/")
     add("--gpu", type=optional(number(int, 0)), help="the same as --device cuda:N")
 
     add = parser.add_argument_group("distributed training").add_argument
@@ -167,7 +169,7 @@ def main(argv=None) -> int:
 
 
 def work(args, recorded, nodes, folder, resume, checkpoint) -> int:
-    """What every process does, with what the first one was given. Returns the exit status."""
+    """Train or evaluate, in each process, with the options and the checkpoint of the first one. Returns the exit status."""
     if args.evaluate:
         return evaluate_checkpoint(args, resume, checkpoint)
     return train(args, recorded, nodes, folder, resume, checkpoint)
@@ -191,8 +193,8 @@ def options_of_run(
     record = dict.fromkeys(OWN, "") | device.available(record)  # another machine may lack the device or the backend
     if missing := [f"--{name} {record[name]}" for name in OWN if record[name] and name not in given]:
         raise UsageError(f"{resume}: give {' '.join(missing)} again; a module that a checkpoint names is never imported")
-    model = add_model_options(Parser(""))
-    fixed = [name for name in model if name != "sequence_length"] if evaluate else [*model, "dataset_seed"]
+    of_network = add_model_options(Parser(""))
+    fixed = [name for name in of_network if name != "sequence_length"] if evaluate else [*of_network, "dataset_seed"]
     if check_params and (differing := differences(given, record, fixed)):
         raise UsageError(f"{resume}: options differ: {', '.join(differing)}; --check_params 0 overrides")
     if not evaluate and (differing := differences(given, record, ["seed", "start_epoch"])):
@@ -203,17 +205,15 @@ def options_of_run(
 def check_lengths(lengths: int | tuple[int, ...], num_classes: int, *, evaluate: bool, curriculum_start: int = 0) -> None:
     """Raises UsageError for sequence lengths that are impossible with the other options, with the remedy."""
     longest = max(lengths) if isinstance(lengths, tuple) else lengths
-    if longest > num_classes and evaluate:
-        raise UsageError(
-            f"--sequence_length {longest}: this network knows {num_classes} labels, so test at most as many pairs; for more, "
-            "train with more --num_classes"
-        )
     if longest > num_classes:
-        raise UsageError(f"--sequence_length {longest} is more than --num_classes {num_classes}, and no sequence holds a label "
-                         "twice; raise --num_classes or shorten the sequence")  # fmt: skip
-    if isinstance(lengths, tuple) and not evaluate:
+        few = f"this network knows {num_classes} labels, so test at most as many pairs, or train with more --num_classes"
+        raise UsageError(f"--sequence_length {longest} is more than --num_classes {num_classes}: no label is shown twice; "
+                         + (few if evaluate else "raise --num_classes or shorten the sequence"))  # fmt: skip
+    if evaluate:
+        return
+    if isinstance(lengths, tuple):
         raise UsageError("--sequence_length: several lengths are for --evaluate; training takes one")
-    if curriculum_start > longest and not evaluate:
+    if curriculum_start > longest:
         raise UsageError(f"--curriculum_start {curriculum_start} is more than --sequence_length {longest}")
 
 
@@ -228,10 +228,11 @@ def train(
     epoch, sample, running, history = start["epoch"], start["sample"], start["running"], list(start["history"])
     best_acc = float(start["best_acc"])  # highest validation accuracy, percent
     if epoch >= args.epochs:
-        print_rank0(f"{resume}: already trained for {epoch} epochs; increase --epochs to continue, or use --evaluate to test")
+        print_rank0(f"{resume or '--start_epoch'}: already trained for {epoch} epochs; increase --epochs to continue, or use "
+                    "--evaluate to test")  # fmt: skip
         return 0
     samples, step_size = data.TRAINING_SAMPLES, args.batch_size * nodes
-    if sample >= samples > 0:
+    if sample >= samples:
         raise UserError(f"{resume}: {sample} samples of an epoch are done, which has {samples}; use another checkpoint")
 
     where = device.choose(args.device, args.gpu)
@@ -288,10 +289,10 @@ def train(
             ranges = [(first, min(first + step_size, samples)) for first in range(sample, samples, step_size)]
             metrics = EpochMetrics(where, running)
             for (first, end), batch in zip(ranges, prefetch(make, ranges, args.workers, args.prefetch_factor), strict=True):
-                at = f"epoch {epoch + 1}, step {first // step_size + 1}"
+                step = f"epoch {epoch + 1}, step {first // step_size + 1}"
                 strengths = {"l2": l2, "target_rate": args.target_rate, "max_grad_norm": args.max_grad_norm}
                 with out_of_memory_in_one_line(args.batch_size):
-                    sums = train_step(network, optimizer, batch.to(where), batch_size=end - first, where=at, **strengths)
+                    sums = train_step(network, optimizer, batch.to(where), batch_size=end - first, at=step, **strengths)
                 metrics.add(len(batch), sums)
                 progress.step(end - first, f"epoch {epoch + 1}", samples - end, metrics.shown)
                 if end < samples and distributed.all_reduce_max(interruption.status):
@@ -304,7 +305,7 @@ def train(
             tested = evaluate(model, validation, min(args.batch_size, EVALUATION_BATCH), where)
             line = {"epoch": epoch + 1, "learning_rate": learning_rate, "batch_size": step_size} | metrics.means()
             line |= {"validation_loss": tested["loss"], "validation_accuracy": tested["accuracy"]}
-            is_best = tested["accuracy"] > best_acc or (not history and best_acc == 0)
+            is_best = tested["accuracy"] > best_acc or (not history and best_acc == 0)  # there is always one
             best_acc = max(tested["accuracy"], best_acc)
             history.append(line)
             epoch, sample, running = epoch + 1, 0, {}
@@ -318,7 +319,11 @@ def train(
                     f"--resume {shlex.quote(str(folder / checkpoints.LAST))} continues")  # fmt: skip
         return status
     best = folder / checkpoints.BEST
-    known = f"; --resume {shlex.quote(str(best))} --evaluate tests it" if best.exists() else ", reached before this run's start"
+    known = (
+        f"; --resume {shlex.quote(str(best))} --evaluate tests it"
+        if best.exists()
+        else "; its checkpoint is not in this folder"
+    )
     print_rank0(f"best validation accuracy {best_acc:.3f} %{known}")
     return 0
 
@@ -337,12 +342,12 @@ def build(options: Mapping[str, Any], backend: str, where: torch.device, resume,
 def model_of(options: Mapping[str, Any], backend: str):
     """The network of the options, with the neuron and the rule that they name. Raises UsageError where these contradict."""
     parts = {name: imported(name, options[name]) for name in OWN}
-    for name, part in parts.items():
-        if isinstance(part, type):  # a class takes its constants from the options, as far as it has them
-            parts[name] = part(**{f: options[f] for f in getattr(part, "__dataclass_fields__", ()) if f in options})
     try:
+        for name, part in parts.items():
+            if isinstance(part, type):  # a class takes its constants from the options, as far as it has them
+                parts[name] = part(**{f: options[f] for f in getattr(part, "__dataclass_fields__", ()) if f in options})
         return models.build_model(options, backend, **parts)
-    except ValueError as wrong:
+    except (TypeError, ValueError) as wrong:
         raise UsageError(str(wrong)) from wrong
 
 
@@ -352,14 +357,16 @@ def shard_of(draw, first: int, end: int, **sizes: int) -> data.Samples:
 
 
 def train_step(
-    network, optimizer, batch: data.Samples, *, batch_size: int, l2: float, target_rate: float, max_grad_norm: float, where: str
+    network, optimizer, batch: data.Samples, *, batch_size: int, l2: float, target_rate: float, max_grad_norm: float, at: str
 ) -> dict[str, Tensor]:
     """One step on this process's shard `batch` of a batch of `batch_size` samples. Returns sums over the shard's samples.
+
+    The loss is the mean cross entropy plus l2 * R; R sums mean_neurons((mean_batch(rate) - target_rate)^2) over the populations.
 
     Args:
         l2, target_rate: strength (1/Hz^2) and target (Hz) of the rate regularization.
         max_grad_norm: the gradient's norm is clipped at this; 0 or less: not.
-        where: for the error.
+        at: epoch and step, for the error.
 
     Raises:
         UserError: on every process, the step not applied, where the gradient is not finite.
@@ -373,14 +380,16 @@ def train_step(
 
     optimizer.zero_grad()
     (loss * distributed.world_size()).backward()  # DistributedDataParallel takes the mean over the processes
-    try:  # the one point where a step waits for the device
+    try:  # clipping waits for the device
         norm = max_grad_norm if max_grad_norm > 0 else math.inf
         torch.nn.utils.clip_grad_norm_(network.parameters(), norm, error_if_nonfinite=True)
     except RuntimeError as failure:
+        if "non-finite" not in str(failure):
+            raise
         gradients = {f"gradient of {name.removeprefix('module.')}": weight.grad for name, weight in network.named_parameters()}
         broken = [name for name, tensor in ({"loss": loss} | gradients).items() if not torch.isfinite(tensor).all()]
         dynamics = getattr(network, "module", network).dynamics
-        raise not_finite(where, ", ".join(broken) or "norm of the gradient", dynamics) from failure
+        raise not_finite(at, ", ".join(broken) or "norm of the gradient", dynamics) from failure
     optimizer.step()
 
     correct = (output.logits.argmax(1) == batch.answer).sum()
@@ -399,8 +408,7 @@ def train_step(
 def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device) -> dict[str, float]:
     """Test a network, each process on its part of the samples.
 
-    The parts are made of the batches that one process takes: the rounding of a matrix product depends on the size of the batch,
-    and may flip a spike.
+    Any number of processes uses the same batches: the size of a batch changes the rounding, and rounding can flip a spike.
 
     Returns:
         Means over the samples: `loss`, the cross entropy; `accuracy` in percent, where the first of several greatest logits is
@@ -421,7 +429,9 @@ def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device)
         loss = cross_entropy(logits, batch.answer, reduction="sum")
         sums += torch.stack([x.double().sum() for x in (loss, 100 * correct, 100 * of_answer / ties, 100 * (ties > 1))])
     sums = distributed.all_reduce(sums)
-    few = samples[:4].to(where)  # a memory that diverges silences the neurons that read it, and the loss stays finite
+    few = samples[:4].to(
+        where
+    )  # A diverged memory silences the neurons that read it: the loss stays finite, the memory does not.
     memory = model(few.features, few.labels, few.query, record=True).activity["memory"]
     if not (torch.isfinite(sums).all() and torch.isfinite(memory).all()):
         raise not_finite("evaluation", "the loss" if torch.isfinite(memory).all() else "the memory", model.dynamics)

@@ -63,7 +63,7 @@ class Training:
 
     def step(self) -> None:
         strengths = {"l2": 1e-5, "target_rate": 0.0, "max_grad_norm": self.max_grad_norm}
-        task.train_step(self.model, self.optimizer, self.batch, batch_size=self.batch_size, **strengths, where="")
+        task.train_step(self.model, self.optimizer, self.batch, batch_size=self.batch_size, **strengths, at="")
 
 
 def check(case: dict) -> str | None:

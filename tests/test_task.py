@@ -144,7 +144,7 @@ def test_two_training_steps_are_those_of_the_equations():
         batch = data.training_samples(9 * epoch, 9 * epoch + 9, epoch, **SIZES)
         batch = data.Samples(batch.features.double(), batch.labels, batch.query.double(), batch.answer)
         strengths = {"l2": l2, "target_rate": 3.0, "max_grad_norm": 0.05}
-        sums = task.train_step(model, optimizer, batch, batch_size=9, where="here", **strengths)
+        sums = task.train_step(model, optimizer, batch, batch_size=9, at="here", **strengths)
         for name, expected in by_hand.step(batch, 0.01, l2).items():
             assert sums[name].item() == pytest.approx(expected.item()), name
     by_hand.assert_same_weights(model.parameters(), 1e-6)  # clipping adds 1e-6 to the norm
