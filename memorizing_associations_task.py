@@ -361,7 +361,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One step on this process's shard `batch` of a batch of `batch_size` samples. Returns sums over the shard's samples.
 
-    The loss is the mean cross entropy plus l2 * R; R sums mean_neurons((mean_batch(rate) - target_rate)^2) over the populations.
+    The loss is the mean cross entropy plus l2 * R; R sums mean_neurons((mean_batch(rate) - target_rate)^2) over populations.
 
     Args:
         l2, target_rate: strength (1/Hz^2) and target (Hz) of the rate regularization.

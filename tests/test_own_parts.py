@@ -72,7 +72,7 @@ def test_a_run_with_an_own_neuron_and_rule_is_resumed_tested_and_drawn(tmp_path,
         line = refuse(capsys, *words, status=2, main=main)
         assert "give --neuron mine:Slow --rule mine:Frozen again" in line
         assert "mine" not in sys.modules  # the checkpoint names the module, and that is not enough to import it
-        assert "options differ: neuron mine:slow" in refuse(
+        assert "neuron mine:slow (checkpoint: mine:Slow)" in refuse(
             capsys, *words, "--neuron", "mine:slow", "--rule", "mine:Frozen", status=2, main=main
         )
         sys.modules.pop("mine")
