@@ -65,6 +65,31 @@ def draw(options, dtype, seed=0):
     return samples.features.to(dtype), samples.labels, samples.query.to(dtype), samples.answer
 
 
+# Functions that compute the network
+
+OPERANDS = "features", "labels", "query", "write_weight", "read_weight"
+
+
+def outcome(function, dynamics, inputs):
+    """All results, the recording, and the gradients of a sum in which every count and readout has another weight."""
+    readout, counts, activity = function(*inputs, dynamics, record=True)
+    results = readout, *counts.values()
+    seeds = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x) for x in results]
+    gradients = torch.autograd.grad(results, inputs, seeds)
+    recorded = {name: activity[name] for name in (*POPULATIONS, "memory")}
+    counted = {f"counts of {name}": count.detach() for name, count in counts.items()}
+    return recorded | counted | {"readout": readout.detach()} | dict(zip(OPERANDS, gradients, strict=True))
+
+
+def assert_agree(ours, theirs, tolerance):
+    """Spikes are the same, and memory and gradients are, to a share of their norm."""
+    for name, expected in theirs.items():
+        if name in (*OPERANDS, "memory"):
+            assert (ours[name] - expected).norm() <= tolerance * expected.norm() + 1e-15, name
+        else:
+            assert torch.equal(ours[name], expected), name
+
+
 # Processes: over gloo on loopback, they run small_task.py, in float64
 
 SMALL_TASK = Path(__file__).with_name("small_task.py")

@@ -46,12 +46,7 @@ def check_name(backend: str | Callable) -> None:
 
 
 def find(backend: str | Callable, device: torch.device, dynamics: Dynamics, plain: Callable) -> Callable:
-    """The function that computes a network in time: `backend` itself if it is one, or that of a backend's name.
-
-    Raises:
-        ValueError: no such backend.
-        BackendError: the backend asked for by name cannot run this network here.
-    """
+    """The function that computes a network in time: `backend` itself if it is one, or that of a name; raises as `choose`."""
     return backend if callable(backend) else _functions[choose(backend, str(device), dynamics, plain)]
 
 
@@ -113,14 +108,10 @@ def _choose(name: str, device: str, dynamics: Dynamics, plain: Callable, equatio
 
 def load(name: str, device: str) -> Callable:
     """The function of a kernel, or the compiled one. Raises BackendError where it cannot run on such a device here."""
-    if reason := _unavailable(name, device.split(":")[0]):
+    module = importlib.import_module(f"models.backends.{name}")
+    if reason := module.unavailable(device.split(":")[0]):
         raise BackendError(reason)
-    return importlib.import_module(f"models.backends.{name}").store_and_recall
-
-
-@functools.cache
-def _unavailable(name: str, device_type: str) -> str | None:
-    return importlib.import_module(f"models.backends.{name}").unavailable(device_type)
+    return module.store_and_recall
 
 
 def constants(dynamics: Dynamics, known: Iterable[str]) -> dict[str, Any]:

@@ -38,8 +38,7 @@ def store_and_recall(*operands, plain) -> tuple:
     sizes = 64, query_current.shape[-1], read_weight.shape[0]
     request = str(features_current.device), dynamics, features_current.dtype, sizes, torch.get_num_threads()
     _prove(plain, backends.equations(dynamics), *request)
-    with _loop():
-        return plain(*operands)
+    return _loop()(plain)(*operands)
 
 
 @contextlib.contextmanager
@@ -57,15 +56,10 @@ def _prove(
     plain, equations: tuple, device: str, dynamics: Dynamics, dtype: torch.dtype, sizes: tuple[int, int, int], threads: int
 ) -> None:
     """Compile for a training with these sizes, and compare with the plain function."""
-
-    def run(*operands):
-        with _loop():
-            return plain(*operands)
-
     how_long = "one to three minutes, and some seconds more at the first evaluation; less if PyTorch's cache holds it"
     print(f"compiling the time loop ({how_long}) ...", file=sys.stderr, flush=True)
     try:
-        backends.check(run, device, dynamics, plain, (dtype,), sizes)
+        backends.check(_loop()(plain), device, dynamics, plain, (dtype,), sizes)
     except BackendError as difference:
         raise BackendError(f"backend compiled: {difference}") from None
     except Exception as failure:  # of Python, C++ or Triton, in many layers

@@ -1,6 +1,7 @@
 """Fused CPU kernels: `store_and_recall.cpp`, compiled on first use (`build.py`) and registered with `torch.library`."""
 
 import ctypes
+import functools
 import os
 
 import torch
@@ -19,6 +20,7 @@ KNOWN = {*CONSTANTS, "tau_mem", "tau_trace"} - {"alpha", "beta"}
 TENSORS = [name for name, *_ in Tensors._fields_]
 
 
+@functools.cache  # a compilation that failed is not tried again
 def unavailable(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"its kernels run on a CPU, not on {device_type}"
@@ -49,10 +51,6 @@ def _call(name: str, constants: list[float], tensors: dict[str, Tensor]) -> None
         )
 
 
-def _counts_size(features: Tensor, read_weight: Tensor) -> int:
-    return 3 * features.shape[-1] + 4 * read_weight.shape[0]
-
-
 @torch.library.custom_op("memorizing_associations::store_and_recall", mutates_args=(), device_types="cpu")
 def _forward(
     features: Tensor,
@@ -77,7 +75,7 @@ def _empty(features, labels, query, write_weight, read_weight, constants, record
     spikes = batch * steps * (pairs * (2 * embedding + 2 * size) + embedding + 2 * size) if record else 0
     return (
         features.new_empty(batch, size),
-        features.new_empty(batch, _counts_size(features, read_weight)),
+        features.new_empty(batch, 3 * embedding + 4 * size),
         features.new_empty(spikes),
         features.new_empty((batch, size, size) if record else 0),
         features.new_empty((batch, size), dtype=torch.int32),
@@ -97,13 +95,12 @@ def _backward(
     constants: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = [x.contiguous() for x in (features, labels, query, write_weight, read_weight)]
-    first, second, third, fourth, fifth = (torch.zeros_like(x) for x in inputs)
-    gradients = first, second, third, fourth, fifth
+    first, second, third, fourth, fifth = gradients = [torch.zeros_like(x) for x in inputs]
     tensors = dict(zip(TENSORS, inputs, strict=False))
     tensors |= {"value_order": value_order, "grad_readout": grad_readout.contiguous(), "grad_counts": grad_counts.contiguous()}
     tensors |= dict(zip(TENSORS[-5:], gradients, strict=True))
     _call("backward", constants, tensors)
-    return gradients
+    return first, second, third, fourth, fifth
 
 
 @_backward.register_fake

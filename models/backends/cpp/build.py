@@ -59,22 +59,16 @@ def library() -> ctypes.CDLL:
         BuildError: they cannot be compiled, kept or loaded.
     """
     compilers = _compilers()
-    for last_attempt in (False, True):
-        folder = _cache()
-        try:
-            folder = _own_folder(folder / _key(compilers))
-            path = _kept(folder)
-            if path is None:
-                with _building(folder) as alone:
-                    path = _kept(folder) or _build(compilers, folder, alone)
-            return _load(path)
-        except FileNotFoundError as failure:  # wiped meanwhile
-            if last_attempt:
-                raise BuildError(f"{folder} is removed while it is used ({failure.strerror}); {ANOTHER_FOLDER}") from None
-        except OSError as failure:
-            reason = f"{failure.strerror}: {failure.filename or folder}"
-            raise BuildError(f"the compiled kernels cannot be kept ({reason}); {ANOTHER_FOLDER}") from None
-    raise AssertionError
+    try:
+        folder = _own_folder(_cache() / _key(compilers))
+        path = _kept(folder)
+        if path is None:
+            with _building(folder) as alone:
+                path = _kept(folder) or _build(compilers, folder, alone)
+    except OSError as failure:
+        reason = f"{failure.strerror}: {failure.filename}"
+        raise BuildError(f"the compiled kernels cannot be kept ({reason}); {ANOTHER_FOLDER}") from None
+    return _load(path)
 
 
 def _compilers() -> list[list[str]]:
@@ -156,27 +150,26 @@ def _kept(folder: Path) -> Path | None:
 def _building(folder: Path) -> Iterator[bool]:
     """One process builds at a time, where the file system has locks; yields whether this one is alone.
 
-    A lock ends with its process. Who has waited long enough builds, too: a library is whole when it appears under its name.
+    A lock ends with its process. Who has waited long enough builds, too.
     """
     import fcntl
 
     with open(folder / "lock", "a") as lock:
         deadline = None
-        while True:
+        alone = False
+        while not alone:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True
             except BlockingIOError:
-                alone = False
                 if deadline is None:
                     deadline = time.monotonic() + WAIT
                     _say(f"waiting for another process to compile the CPU kernels (at most {WAIT:.0f} s) ...")
-                if time.monotonic() < deadline and _kept(folder) is None:
-                    time.sleep(0.1)
-                    continue
+                if time.monotonic() >= deadline or _kept(folder):
+                    break
+                time.sleep(0.1)
             except OSError:  # no locks here
-                alone = False
-            break
+                break
         yield alone
 
 
@@ -188,7 +181,7 @@ def _say(line: str) -> None:
 
 
 def _build(compilers: list[list[str]], folder: Path, alone: bool) -> Path:
-    """Compile into a folder: under its final name a library is whole and on the disk."""
+    """Compile into a folder: a library is whole when it appears under its final name, its digest."""
     if alone:
         for left in folder.glob("build-*"):  # of processes that were killed
             shutil.rmtree(left, ignore_errors=True)
@@ -199,18 +192,8 @@ def _build(compilers: list[list[str]], folder: Path, alone: bool) -> Path:
         built = _first_that_compiles(compilers, Path(temporary))
         path = folder / f"{hashlib.sha256(built.read_bytes()).hexdigest()}.so"
         built.chmod(0o755)
-        _synchronize(built)
         built.replace(path)
-    _synchronize(folder)
     return path
-
-
-def _synchronize(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_that_compiles(compilers: list[list[str]], folder: Path) -> Path:
@@ -257,14 +240,9 @@ def _last_words(done: subprocess.CompletedProcess) -> str:
 
 def _load(path: Path) -> ctypes.CDLL:
     try:
-        loaded = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except OSError as failure:
         remedy = f"{ANOTHER_FOLDER}, from which programs may run"
         if "not found" in str(failure) or "undefined symbol" in str(failure):  # another C++ library than the compiler's
             remedy = "set CXX to the compiler of this Python's environment or of the system"
         raise BuildError(f"the compiled kernels cannot be loaded ({failure}); {remedy}") from None
-    for struct, size in ((Options, loaded.size_of_options), (Tensors, loaded.size_of_tensors)):
-        size.restype = ctypes.c_int64
-        if size() != ctypes.sizeof(struct):
-            raise BuildError(f"the compiled kernels expect {size()} bytes of {struct.__name__}, not {ctypes.sizeof(struct)}")
-    return loaded

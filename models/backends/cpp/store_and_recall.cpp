@@ -100,6 +100,4 @@ int forward_float32(const Options* o, const Tensors<float>* t) { return run(forw
 int forward_float64(const Options* o, const Tensors<double>* t) { return run(forward<double>, o, t); }
 int backward_float32(const Options* o, const Tensors<float>* t) { return run(backward<float>, o, t); }
 int backward_float64(const Options* o, const Tensors<double>* t) { return run(backward<double>, o, t); }
-int64_t size_of_options() { return sizeof(Options); }
-int64_t size_of_tensors() { return sizeof(Tensors<float>); }
 }
