@@ -45,10 +45,7 @@ MISUSES = {
     "a query in float64": (lambda m, f, c, q: m(f, c, q.double()), "query must be torch.float32"),
     "some weights in float64": (lambda m, f, c, q: (m.input_layer.double(), m(f, c, q)), "input_layer.weight is torch.float64"),
     "weights in bfloat16": (lambda m, f, c, q: m.bfloat16()(f.bfloat16(), c, q.bfloat16()), "float32 or float64"),
-    "inputs elsewhere": (
-        lambda m, f, c, q: m(f.to("meta"), c, q),
-        "features are .* on meta, but input_layer.weight is .* on cpu",
-    ),
+    "inputs elsewhere": (lambda m, f, c, q: m(f.to("meta"), c, q), "features are .* on meta, but input_layer.weight .* on cpu"),
     "labels elsewhere": (lambda m, f, c, q: m(f, c.to("meta"), q), "labels is on meta, features on cpu"),
     "arrays": (lambda m, f, c, q: m(f.numpy(), c, q), "features must be a tensor, not ndarray; use torch.as_tensor"),
 }
@@ -72,16 +69,13 @@ def test_autocast_is_computed_in_float32_with_a_note():
 @pytest.mark.parametrize(
     "constant, value, message",
     [
-        ("readout_delay", 0, "at least 1"),
         ("refractory_time_steps", 2**63 - 1, "at most"),
-        ("refractory_time_steps", 1.5, "must be of type int"),
-        ("tau_mem", float("nan"), "must be finite"),
-        ("thr", 0.0, "must be greater than 0"),
-        ("memory_size", 0, "at least 1"),
+        ("refractory_time_steps", 1.5, "of type int"),
+        ("thr", 0.0, "greater than 0"),
     ],
 )
 def test_a_constant_out_of_bounds_is_refused_by_name(constant, value, message):
-    with pytest.raises(ValueError, match=f"{constant} {message}|{constant} must be {message}"):
+    with pytest.raises(ValueError, match=f"{constant} must be {message}"):
         models.build_model({constant: value})
 
 
@@ -117,12 +111,9 @@ EQUATIONS = [(HebbianRule, "update", oja), (HebbianRule, "update", clipped), (He
 EQUATIONS += [(LIFNeuron, "step", floored), (LIFNeuron, "alpha", property(lambda self: 0.99))]
 
 
-class SameRule(HebbianRule):
-    """Subclasses without equations of their own: a kernel knows them."""
-
-
-class SameNeuron(LIFNeuron):
-    pass
+def own(base, **attributes):
+    """A neuron or a rule of a subclass with these attributes."""
+    return dataclasses.dataclass(frozen=True)(type("Own", (base,), attributes))()
 
 
 @pytest.mark.parametrize("where, name, changed", EQUATIONS)
@@ -130,7 +121,7 @@ def test_an_equation_that_is_replaced_in_a_running_process_is_not_computed_by_ke
     where, name, changed, monkeypatch
 ):
     """Also where it differs far from rest only, or has no gradient somewhere."""
-    model = models.build_model(SMALL | {"num_time_steps": 100}, "cpp", rule=SameRule(), neuron=SameNeuron())
+    model = models.build_model(SMALL | {"num_time_steps": 100}, "cpp", rule=own(HebbianRule), neuron=own(LIFNeuron))
     model(*pairs())
     monkeypatch.setattr(where, name, changed)
     if name == "alpha":  # the kernel is given it
@@ -151,26 +142,6 @@ def test_another_surrogate_derivative_is_noticed_by_the_first_check(monkeypatch)
         backends.check(backends.load("cpp", "cpu"), "cpu", Dynamics(), store_and_recall)
 
 
-@dataclasses.dataclass(frozen=True)
-class LeakyRule(HebbianRule):
-    leak: float = 0.1
-
-    def update(self, memory, value_trace, key_trace):
-        return (1 - self.leak) * super().update(memory, value_trace, key_trace)
-
-
-@dataclasses.dataclass(frozen=True)
-class OneMore(HebbianRule):
-    leak: float = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class SlowNeuron(LIFNeuron):
-    @property
-    def alpha(self):
-        return 0.99
-
-
 class NoDataclass:
     initial_state, step = LIFNeuron().initial_state, LIFNeuron().step
 
@@ -178,9 +149,9 @@ class NoDataclass:
 @pytest.mark.parametrize(
     "part, message",
     [
-        ({"rule": LeakyRule()}, "does not know update of LeakyRule"),
-        ({"rule": OneMore()}, "does not know a network with or without leak"),
-        ({"neuron": SlowNeuron()}, "does not know alpha of SlowNeuron"),
+        ({"rule": own(HebbianRule, update=oja)}, "does not know update of Own"),
+        ({"rule": own(HebbianRule, leak=0.1, __annotations__={"leak": float})}, "does not know a network with or without leak"),
+        ({"neuron": own(LIFNeuron, alpha=property(lambda self: 0.99))}, "does not know alpha of Own"),
         ({"neuron": NoDataclass()}, "does not know NoDataclass, only LIFNeuron"),
     ],
 )
@@ -208,15 +179,8 @@ class Unhashable(LIFNeuron):
     __hash__ = None
 
 
-class Broken(LIFNeuron):
-    """Its constants are of the sizes of one network; the check has another."""
-
-    @property
-    def alpha(self):
-        return torch.ones(16)
-
-
-@pytest.mark.parametrize("neuron", [Unhashable(), Broken()])
+# The constants of the second are of the sizes of one network; the check has another.
+@pytest.mark.parametrize("neuron", [Unhashable(), own(LIFNeuron, alpha=property(lambda self: torch.ones(16)))])
 def test_auto_goes_on_without_a_kernel_whatever_is_raised(neuron):
     model = models.build_model(ALIVE | {"thr": 0.1}, rule=HebbianRule(), neuron=neuron)
     model.reading_layer.W.data = model.reading_layer.W.data[:16, :32]
@@ -241,10 +205,8 @@ def test_what_a_hook_returns_is_checked_before_a_kernel_reads_it(layer, hook):
         model(*pairs())
 
 
-@dataclasses.dataclass(frozen=True)
-class NoisyNeuron(LIFNeuron):
-    def step(self, current, state):
-        return super().step(current + 0.05 * torch.rand_like(current), state)
+def noisy(self, current, state):
+    return lif_step(self, current + 0.05 * torch.rand_like(current), state)
 
 
 def test_a_neuron_that_draws_random_numbers_has_right_gradients(monkeypatch):
@@ -252,7 +214,7 @@ def test_a_neuron_that_draws_random_numbers_has_right_gradients(monkeypatch):
     gradients = []
     for every in (models.hebbian_memory.RECOMPUTE_EVERY, None):
         monkeypatch.setattr(models.hebbian_memory, "RECOMPUTE_EVERY", every)
-        model = models.build_model(ALIVE | {"thr": 0.1}, "reference", neuron=NoisyNeuron()).double()
+        model = models.build_model(ALIVE | {"thr": 0.1}, "reference", neuron=own(LIFNeuron, step=noisy)).double()
         with torch.no_grad():
             for weight in model.parameters():
                 weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight).sin())
@@ -353,9 +315,9 @@ class Negated(nn.Module):
         return -weight
 
 
-def replace_forward(layer):
-    forward = layer.forward
-    layer.forward = lambda: 0.5 * forward()
+def replace_forward(model):
+    forward = model.writing_layer.forward
+    model.writing_layer.forward = lambda: 0.5 * forward()
 
 
 def change_constant(model):
@@ -367,10 +329,9 @@ ALTERATIONS = {
     "a hook of the reading layer": lambda model: model.reading_layer.register_forward_hook(lesion),
     "a pruned weight": lambda model: prune.l1_unstructured(model.writing_layer, "W", amount=0.5),
     "a parametrized weight": lambda model: parametrize.register_parametrization(model.reading_layer, "W", Negated()),
-    "a replaced forward": lambda model: replace_forward(model.writing_layer),
+    "a replaced forward": replace_forward,
     "a lesion of the encoding": lambda model: model.input_layer.register_forward_hook(lambda *args: 0.3 * args[-1]),
     "a constant": change_constant,
-    "a readout of other neurons": lambda model: model.output_layer.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
 }
 
 
@@ -387,37 +348,28 @@ def test_what_is_put_around_a_layer_and_a_changed_constant_act_alike_in_every_ba
 
 def test_hooks_of_all_modules_see_the_weights_in_every_backend():
     seen = []
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda module, _, output: seen.append((type(module).__name__, output))
-    )
-    try:
-        for model in twins():
-            model(*pairs())
-    finally:
-        handle.remove()
-    names = [name for name, _ in seen]
-    assert names[: len(names) // 2] == names[len(names) // 2 :] and {"WritingLayer", "ReadingLayer"} <= set(names)
-    assert all(torch.is_tensor(output) for name, output in seen if name in ("WritingLayer", "ReadingLayer"))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, _, output: seen.append((module, output)))
+    for model in twins():
+        model(*pairs())
+    handle.remove()
+    names = [type(module).__name__ for module, _ in seen]
+    assert names[: len(names) // 2] == names[len(names) // 2 :]
+    weights = [output for module, output in seen if type(module).__name__ in ("WritingLayer", "ReadingLayer")]
+    assert len(weights) == 4 and all(torch.is_tensor(weight) for weight in weights)
 
 
 def test_a_function_of_ones_own_computes_the_network():
-    calls = []
+    def half(*operands):
+        readout, *others = store_and_recall(*operands)
+        return 0.5 * readout, *others
 
-    def own(*operands):
-        calls.append(operands[5])
-        return store_and_recall(*operands)
-
-    ours, theirs = twins(backend=own)
-    assert torch.equal(ours(*pairs()).logits, theirs(*pairs()).logits)
-    assert calls == [theirs.dynamics]
-    with pytest.raises(ValueError, match="or a function, not 3"):
-        models.build_model(SMALL, 3)
+    ours, theirs = twins(backend=half)
+    assert torch.equal(ours(*pairs()).logits, 0.5 * theirs(*pairs()).logits)
 
 
 HEADS = {
     "none": nn.Identity,
-    "several layers": lambda: nn.Sequential(nn.Linear(20, 5), nn.ReLU(), nn.Linear(5, 3)),
-    "more classes": lambda: nn.Linear(20, 200),
+    "several layers": lambda: nn.Sequential(nn.Linear(20, 5), nn.ReLU(), nn.Linear(5, 200)),
     "in half precision": lambda: nn.Sequential(nn.Linear(20, 5, dtype=torch.bfloat16)),
 }
 

@@ -7,11 +7,13 @@ A backend is a module with two functions:
                                                as the plain function
 
 "reference" is the plain function itself, and "compiled" is it with its time loop compiled by `torch.compile`, which takes
-minutes. A kernel is used with some constants only after it agreed with the plain function in a tiny case with them.
+minutes. "triton" is experimental: it has not run on a GPU yet. A kernel is used with some constants only after it agreed with
+the plain function in a tiny case with them.
 """
 
 import functools
 import importlib
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -55,7 +57,7 @@ def choose(name: str, device: str, dynamics: Dynamics, plain: Callable) -> str:
     """The name of the backend that runs a network with these constants on a device, such as "cpu" or "cuda:1".
 
     `auto` takes the first kernel that runs here and agrees with the plain function, else that one, with a warning that says
-    why; a backend asked for by name runs or raises. The plain function stands in for "compiled" while the caller is traced.
+    why. The plain function stands in for "compiled" while the caller is traced.
 
     Raises:
         ValueError: no such backend.
@@ -140,22 +142,19 @@ def check_operands(features: Tensor, labels: Tensor, query: Tensor, write_weight
     Raises:
         ValueError: naming the operand.
     """
-    if features.dim() != 3 or read_weight.dim() != 2:
-        raise ValueError("features_current must be B x L x E and read_weight M x (E + M)")
+    if features.dim() != 3 or read_weight.dim() != 2 or features.dtype not in TOLERANCE:
+        raise ValueError("features_current must be B x L x E, read_weight M x (E + M), in float32 or float64")
     (batch, pairs, embedding), memory = features.shape, read_weight.shape[0]
-    wanted = {
-        "labels_current": (labels, (batch, pairs, embedding)),
-        "query_current": (query, (batch, embedding)),
-        "write_weight": (write_weight, (2 * memory, 2 * embedding)),
-        "read_weight": (read_weight, (memory, embedding + memory)),
-    }
-    for name, (x, shape) in wanted.items():
+    for name, x, shape in (
+        ("labels_current", labels, (batch, pairs, embedding)),
+        ("query_current", query, (batch, embedding)),
+        ("write_weight", write_weight, (2 * memory, 2 * embedding)),
+        ("read_weight", read_weight, (memory, embedding + memory)),
+    ):
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} must be of shape {shape}, not {tuple(x.shape)}")
         if x.dtype != features.dtype or x.device != features.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, features_current {features.dtype} on {features.device}")
-    if features.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"kernels compute in float32 or float64, not in {features.dtype}")
 
 
 # The check of a kernel. It leaves no trace in its caller: no module is built, and no random number of the caller's is drawn.
@@ -186,21 +185,19 @@ _one_at_a_time = threading.Lock()  # a check switches what is on in all threads
 
 
 def _check(function, device, dynamics, plain, dtypes, sizes) -> None:
-    for dtype in dtypes:
-        for signed in (False, True):
-            for seed in range(TRIALS):
-                operands, dynamics_of_case = tiny_case(dynamics, dtype, device, seed, sizes, signed)
-                # Anomaly mode and the default generator are those of all threads; an own neuron may draw random numbers.
-                with torch.autograd.set_detect_anomaly(False), torch.random.fork_rng(devices=[]):
-                    ours = outcome(function, operands, dynamics_of_case)
-                    theirs = outcome(plain, operands, dynamics_of_case)
-                diverges = not torch.isfinite(theirs["memory"]).all()  # of these constants, in the plain function itself
-                difference = None if diverges else compare(ours, theirs, TOLERANCE[dtype])
-                if difference is None and not diverges:
-                    break
-            if difference:
-                name = str(dtype).removeprefix("torch.")
-                raise BackendError(f"it does not compute the model of these equations and constants ({name}: {difference})")
+    for dtype, signed in itertools.product(dtypes, (False, True)):
+        for seed in range(TRIALS):
+            operands, dynamics_of_case = tiny_case(dynamics, dtype, device, seed, sizes, signed)
+            # Anomaly mode and the default generator are those of all threads; an own neuron may draw random numbers.
+            with torch.autograd.set_detect_anomaly(False), torch.random.fork_rng(devices=[]):
+                ours, theirs = (outcome(f, operands, dynamics_of_case) for f in (function, plain))
+            diverges = not torch.isfinite(theirs["memory"]).all()  # of these constants, in the plain function itself
+            difference = None if diverges else compare(ours, theirs, TOLERANCE[dtype])
+            if difference is None and not diverges:
+                break
+        if difference:
+            name = str(dtype).removeprefix("torch.")
+            raise BackendError(f"it does not compute the model of these equations and constants ({name}: {difference})")
 
 
 def tiny_case(
@@ -236,8 +233,8 @@ def outcome(function: Callable, operands: list[Tensor], dynamics: Dynamics) -> d
     seeds = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x) for x in results.values()]
     gradients = torch.autograd.grad(list(results.values()), operands, seeds)
     names = "features_current", "labels_current", "query_current", "write_weight", "read_weight"
-    gradients_by_name = {f"gradient of {name}": x for name, x in zip(names, gradients, strict=True)}
-    return results | gradients_by_name | {"memory": activity["memory"]}
+    results |= {f"gradient of {name}": x for name, x in zip(names, gradients, strict=True)}
+    return results | {"memory": activity["memory"]}
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> str | None:
