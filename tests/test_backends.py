@@ -348,10 +348,9 @@ def test_what_is_put_around_a_layer_and_a_changed_constant_act_alike_in_every_ba
 
 def test_hooks_of_all_modules_see_the_weights_in_every_backend():
     seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, _, output: seen.append((module, output)))
-    for model in twins():
-        model(*pairs())
-    handle.remove()
+    with nn.modules.module.register_module_forward_hook(lambda module, _, output: seen.append((module, output))):
+        for model in twins():
+            model(*pairs())
     names = [type(module).__name__ for module, _ in seen]
     assert names[: len(names) // 2] == names[len(names) // 2 :]
     weights = [output for module, output in seen if type(module).__name__ in ("WritingLayer", "ReadingLayer")]
