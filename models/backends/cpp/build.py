@@ -66,7 +66,7 @@ def library() -> ctypes.CDLL:
             with _building(folder) as alone:
                 path = _kept(folder) or _build(compilers, folder, alone)
     except OSError as failure:
-        reason = f"{failure.strerror}: {failure.filename}"
+        reason = f"{failure.strerror}: {failure.filename or folder}"
         raise BuildError(f"the compiled kernels cannot be kept ({reason}); {ANOTHER_FOLDER}") from None
     return _load(path)
 
