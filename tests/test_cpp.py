@@ -177,14 +177,14 @@ def test_strided_and_expanded_operands_and_gradients():
     strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
     strided[2] = inputs[2].detach()[:1].expand(4, -1).requires_grad_()  # one query for all
     assert not any(x.is_contiguous() for x in strided)
-    gradients = []
+    outcomes = []
     for function in (cpp.store_and_recall, models.store_and_recall):
         readout, counts, _ = function(*strided, dynamics)
         assert counts["read_key"].any() and readout.any()
         results = readout, *counts.values()
         seeds = [torch.tensor(0.5 + n, dtype=torch.float64).expand_as(x) for n, x in enumerate(results)]
-        gradients.append(torch.autograd.grad(results, strided, seeds))
-    for ours, theirs in zip(*gradients, strict=True):
+        outcomes.append((*results, *torch.autograd.grad(results, strided, seeds)))
+    for ours, theirs in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
