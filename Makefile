@@ -1,6 +1,6 @@
 # make demo   set everything up, train the quickstart (a few minutes on 2 cores), test it, draw its figures
-# make test   set everything up, check the code, run the tests
-# make test-all   the slow tests, too
+# make test   set everything up, check the code, run the fast tests
+# make test-all   the slow tests, too, as CI does
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,11 +34,11 @@ format: $(VENV)/test-ready
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(VENV)/demo-ready: requirements.txt
+$(VENV)/demo-ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(RUN) -m pip install --quiet --requirement requirements.txt --constraint requirements-dev.txt
 	touch $@
 
 $(VENV)/test-ready: requirements-dev.txt $(VENV)/demo-ready
-	$(RUN) -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	touch $@

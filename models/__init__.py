@@ -1,5 +1,12 @@
 """The Hebbian spiking memory network. `build_model` makes one."""
 
+import sys
+
+import torch
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):  # before the imports that fail there
+    sys.exit(f"error: PyTorch {torch.__version__} is too old: install 2.7 or later (pip install --upgrade torch)")
+
 from models.backends import BACKENDS, BackendError
 from models.dynamics import POPULATIONS, Dynamics
 from models.hebbian_memory import hebbian_read, hebbian_write, store_and_recall

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import golden
 import pytest
@@ -114,3 +117,22 @@ def test_options_of_a_network():
     for wrong in ("fast", 3):
         with pytest.raises(ValueError, match=f"one of auto, triton, cpp, compiled, reference, or a function, not {wrong!r}"):
             models.build_model({}, wrong)
+
+
+def test_every_program_says_in_one_line_that_pytorch_is_too_old():
+    root = Path(__file__).parents[1]
+    programs = [str(path) for folder in (".", "experiments", "benchmarks", "examples") for path in (root / folder).glob("*.py")]
+    script = f"""import runpy, sys, torch
+torch.__version__ = "2.10.0+cpu"  # as numbers this is newer than 2.7
+import models
+del sys.modules["models"]
+torch.__version__ = "2.6.1+cpu"
+for program in {programs}:
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        print(end.code)"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line = "error: PyTorch 2.6.1+cpu is too old: install 2.7 or later (pip install --upgrade torch)\n"
+    assert done.stdout == line * len(programs)

@@ -25,6 +25,8 @@ _block = torch.compile(run_steps, fullgraph=True)
 
 
 def unavailable(device_type: str) -> str | None:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        return f"PyTorch {torch.__version__} is too old for it; install 2.8 or later"
     return None if device_type in ("cpu", "cuda") else f"code is compiled for CPUs and GPUs, not for {device_type}"
 
 
