@@ -8,13 +8,12 @@ python plot_memorizing_associations_task.py --metrics runs/*/metrics.jsonl --out
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's names a module that need not be installed here; no window is needed
 
 import numpy as np
-import torch
 
 import data
 import models
@@ -92,7 +91,10 @@ def main(argv=None) -> None:
     drawn: dict = {}
     numbers: dict = {}
     if args.checkpoint_path:
-        model, output, trial = record(args, source, checkpoint["state_dict"])
+        model = model_of(vars(args), "reference")
+        checkpoints.load_weights(model, checkpoint["state_dict"], source)
+        samples = data.evaluation_set("test", args.sequence_length, args.num_classes, args.feature_size, args.dataset_seed)
+        trial = activity.record(model, *samples[args.example].tensors())
         numbers |= {n: v for n, v in trial._asdict().items() if not isinstance(v, dict)} | {"readout": trial.readout}
         print(f"checkpoint        {source}" + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
         if note := note_on_data(checkpoint["params"]):
@@ -103,15 +105,15 @@ def main(argv=None) -> None:
         print(f"answer            {trial.answer}, predicted {trial.logits.argmax()}")
         print("mean rate in this sample, Hz")
         for name in models.POPULATIONS:
-            print(f"  {name:<16s}{output.rates[name].mean():9.3f}")
-            numbers |= {f"{name}/spikes": trial.spikes[name], f"{name}/membrane": trial.membranes[name]}
-            numbers[f"{name}/rates"] = output.rates[name][0].numpy()
+            rates = activity.HZ * trial.spikes[name].mean(axis=0)
+            print(f"  {name:<16s}{rates.mean():9.3f}")
+            numbers |= {f"{name}/spikes": trial.spikes[name], f"{name}/membrane": trial.membranes[name], f"{name}/rates": rates}
         zoom = activity.Zoom(args.neurons, args.time_range)
         for name, draw in {"overview": activity.overview, "memory": activity.memory, "membranes": activity.membranes}.items():
             if name in targets:
                 drawn[name] = draw(trial, zoom)
         if "animation" in targets:
-            drawn["animation"] = animation.animate(trial, memory_in_time(model, output.activity, trial), zoom)
+            drawn["animation"] = animation.animate(trial, animation.memory_in_time(model.dynamics.rule, trial), zoom)
     if "training" in targets:
         drawn["training"] = curves.training_curves(training, data.TRAINING_SAMPLES)
     if "lengths" in targets:
@@ -142,44 +144,6 @@ def check_sample(args: argparse.Namespace) -> None:
     start, end = args.time_range or (0, duration)
     if not start < end or start >= duration:
         raise UsageError(f"--time_range {start:g} {end:g}: must be START END in ms with START < END and START < {duration}")
-
-
-@torch.no_grad()
-def record(args: argparse.Namespace, source: Path, state_dict: Mapping[str, torch.Tensor]):
-    """The network, what it does with one sample of the published test set, and both of them as arrays."""
-    model = model_of(vars(args), "reference")  # the plain model alone records membranes
-    checkpoints.load_weights(model, state_dict, source)
-    samples = data.evaluation_set("test", args.sequence_length, args.num_classes, args.feature_size, args.dataset_seed)
-    sample = samples[args.example : args.example + 1]
-    output = model(sample.features, sample.labels, sample.query, record=True)
-    trial = activity.Trial(
-        features=sample.features[0].numpy(),
-        labels=sample.labels[0].numpy(),
-        query=sample.query[0].numpy(),
-        answer=int(sample.answer[0]),
-        logits=output.logits[0].numpy(),
-        readout_weights=model.output_layer.weight.numpy(),
-        spikes={name: output.activity[name][0].bool().numpy() for name in models.POPULATIONS},
-        membranes={name: output.activity["membranes"][name][0].numpy() for name in models.POPULATIONS},
-        memories=output.activity["memories"][0].numpy(),
-        threshold=model.dynamics.neuron.thr,
-        num_time_steps=model.dynamics.num_time_steps,
-        readout_steps=model.dynamics.readout_steps,
-    )
-    return model, output, trial
-
-
-def memory_in_time(model, recorded: Mapping, trial: activity.Trial) -> np.ndarray:
-    """The memory at the times of the animation's frames, frames x M x M: the network's rule on its recorded spikes."""
-    rule, keys, values = model.dynamics.rule, recorded["write_key"], recorded["write_value"]
-    memory, key_trace, value_trace = (torch.zeros_like(like) for like in (recorded["memory"], keys[:, 0], values[:, 0]))
-    times, memories = animation.frame_times(trial.duration_ms), [memory[0].numpy()]
-    for step, (key, value) in enumerate(zip(keys.unbind(1), values.unbind(1), strict=True), start=1):
-        key_trace, value_trace = rule.update_trace(key_trace, key), rule.update_trace(value_trace, value)
-        memory = rule.update(memory, value_trace, key_trace)
-        if step in times:
-            memories.append(memory[0].numpy())
-    return np.stack(memories + [memory[0].numpy()] * (len(times) - len(memories)))  # it stays through recall
 
 
 def read_curves(places: Sequence[str], table: str, needed: Sequence[str]) -> list[curves.Curves]:

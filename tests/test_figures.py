@@ -222,13 +222,37 @@ def test_published_checkpoint_is_drawn_as_recorded(capsys, tmp_path):
     assert "40.700 %" in output
 
 
-def test_the_memory_in_time_is_that_of_the_network(monkeypatch):
+@pytest.fixture
+def recorded():
+    """A network with another backend, a sample of its own, and what the plain function records."""
+    model = plot.checkpoints.load_model(PUBLISHED)
+    generator = torch.Generator().manual_seed(1)
+    features, labels = torch.rand(2, 10, generator=generator), torch.tensor([2, 0])
+    query, names = 0.9 * features[1], dict.fromkeys(model.__dict__)  # a corrupted vector
+    trial = activity.record(model, features, labels, query, 0)
+    assert model.backend == "auto" and dict.fromkeys(model.__dict__) == names
+    with torch.no_grad():
+        plain = plot.checkpoints.load_model(PUBLISHED, "reference")
+        return model, trial, plain(features[None], labels[None], query[None], record=True)
+
+
+def test_any_sample_is_recorded_for_the_figures(recorded):
+    _, trial, output = recorded
+    assert np.array_equal(trial.logits, output.logits[0]) and (trial.answer, trial.labels.tolist()) == (0, [2, 0])
+    assert np.array_equal(trial.memories, output.activity["memories"][0]) and trial.memories[0].any()
+    assert np.allclose(trial.readout_weights @ trial.readout, trial.logits, atol=1e-5)
+    assert np.array_equal(trial.query, np.float32(0.9) * trial.features[1])
+    for name in models.POPULATIONS:
+        assert np.array_equal(trial.spikes[name], output.activity[name][0])
+        assert np.array_equal(trial.membranes[name], output.activity["membranes"][name][0])
+    assert (trial.threshold, trial.num_time_steps, trial.readout_steps) == (0.1, 40, 30)
+    activity.overview(trial)
+
+
+def test_the_memory_in_time_is_that_of_the_network(monkeypatch, recorded):
     monkeypatch.setattr(animation, "FRAMES", 7)  # with 2 pairs of 40 ms: every 20 ms
-    checkpoint = plot.checkpoints.load(PUBLISHED)
-    plot.add_options(parser := plot.Parser(""))
-    model, output, trial = plot.record(parser.complete(checkpoint["params"]), PUBLISHED, checkpoint["state_dict"])
-    memories = plot.memory_in_time(model, output.activity, trial)
-    after_pairs = output.activity["memories"][0].numpy()
+    model, trial, output = recorded
+    memories, after_pairs = animation.memory_in_time(model.dynamics.rule, trial), output.activity["memories"][0].numpy()
     assert not memories[0].any() and np.abs(memories[1]).max() > 0
     assert np.allclose(memories[[2, 4, 5, 6]], after_pairs[[0, 1, 1, 1]], atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Figures: functions from arrays to matplotlib figures, in one style. They know nothing of models."""
+"""Figures: functions from arrays to matplotlib figures, in one style."""
 
 from utils.figures.files import save
 

@@ -1,14 +1,16 @@
-"""Figures of one sample in a trained network, from recorded arrays.
+"""Figures of one sample in a trained network: `record` makes the arrays that they are drawn from.
 
 Artists that show data carry its name (`get_gid`), also as an identifier inside SVG files.
 Shapes: L pairs in a sequence, F features, C classes, M memory size. A time step is 1 ms.
 """
 
+import copy
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.image import AxesImage
@@ -61,6 +63,42 @@ class Trial(NamedTuple):
     def readout(self) -> np.ndarray:
         """Spikes of each value neuron in the readout window, M."""
         return self.spikes["read_value"][-self.readout_steps :].sum(axis=0, dtype=int)
+
+
+@torch.no_grad()
+def record(model, features: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, answer: int) -> Trial:
+    """What a network does with one sample, any sample. The plain function computes it: kernels keep no membrane potentials.
+
+    Args:
+        model: a `models.MemorizingAssociations`. It stays as it is.
+        features: the vectors, L x F.
+        labels: their labels, L, int64.
+        query: F; it need not be one of the vectors.
+        answer: the right label.
+    """
+    plain = copy.copy(model)  # it shares all layers
+    if isinstance(model.backend, str):
+        plain.backend = "reference"
+    output = plain(features[None], labels[None], query[None], record=True)
+    membranes = output.activity["membranes"]
+
+    def array(tensor: torch.Tensor) -> np.ndarray:
+        return tensor.cpu().numpy()
+
+    return Trial(
+        features=array(features),
+        labels=array(labels),
+        query=array(query),
+        answer=int(answer),
+        logits=array(output.logits[0]),
+        readout_weights=array(model.output_layer.weight),
+        spikes={name: array(output.activity[name][0].bool()) for name in membranes},
+        membranes={name: array(potential[0]) for name, potential in membranes.items()},
+        memories=array(output.activity["memories"][0]),
+        threshold=model.dynamics.neuron.thr,
+        num_time_steps=model.dynamics.num_time_steps,
+        readout_steps=model.dynamics.readout_steps,
+    )
 
 
 class Zoom(NamedTuple):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -18,6 +19,25 @@ DOTS_PER_INCH = 120
 def frame_times(duration_ms: int) -> np.ndarray:
     """The times of the frames: time steps (ms) done."""
     return np.unique(np.linspace(0, duration_ms, FRAMES).round().astype(int))
+
+
+def memory_in_time(rule, trial: Trial) -> np.ndarray:
+    """The memory at the times of the frames, frames x M x M: a network's rule on its recorded spikes.
+
+    Args:
+        rule: a `models.plasticity.HebbianRule`, or an object with its methods.
+    """
+    spikes = (torch.from_numpy(trial.spikes[name]).to(torch.float32) for name in ("write_key", "write_value"))
+    keys, values = (population.unsqueeze(1) for population in spikes)  # time x 1 x M
+    key_trace, value_trace = torch.zeros_like(keys[0]), torch.zeros_like(values[0])
+    memory = value_trace.unsqueeze(-1) * key_trace.unsqueeze(-2)
+    times, memories = frame_times(trial.duration_ms), [memory[0].numpy()]
+    for step, (key, value) in enumerate(zip(keys, values, strict=True), start=1):
+        key_trace, value_trace = rule.update_trace(key_trace, key), rule.update_trace(value_trace, value)
+        memory = rule.update(memory, value_trace, key_trace)
+        if step in times:
+            memories.append(memory[0].numpy())
+    return np.stack(memories + [memory[0].numpy()] * (len(times) - len(memories)))  # it stays through recall
 
 
 @styled
