@@ -19,6 +19,7 @@ from models.memorizing_associations import (
     constants,
     defaults,
     rate_regularization,
+    silent_populations,
 )
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "hebbian_read",
     "hebbian_write",
     "rate_regularization",
+    "silent_populations",
     "store_and_recall",
 ]

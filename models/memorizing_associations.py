@@ -193,3 +193,12 @@ def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) ->
         if mean.numel() != mean.shape[-1]:
             raise ValueError(f"mean_rates: {name} must hold one mean rate per neuron, not {tuple(mean.shape)}")
     return torch.stack([(mean - target_rate).square().mean() for mean in mean_rates.values()]).sum()
+
+
+def silent_populations(rates: Mapping[str, Tensor | float]) -> list[str]:
+    """The populations whose mean rate is below `SILENT_BELOW`. No gradient flows through them: they cannot learn.
+
+    Args:
+        rates: population -> firing rates in Hz, of any shape, as `Output.rates` has them.
+    """
+    return [name for name, rate in rates.items() if torch.as_tensor(rate, dtype=torch.float64).mean() < SILENT_BELOW]

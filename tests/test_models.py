@@ -70,6 +70,17 @@ def test_the_hebbian_update_of_one_weight():
     assert updated.item() == pytest.approx(0.3 + 0.5 * (0.7 - 0.3) * 0.6 * 0.9 - 0.2 * 0.9**2 * 0.3)
 
 
+def test_silent_populations_are_those_with_a_mean_rate_below_a_hundredth_of_a_hertz():
+    rates = {
+        "one neuron fires": torch.tensor([[0.0, 0.0], [0.0, 1.0]]),
+        "just silent": 0.0099,
+        "just firing": 0.01,
+        "none": torch.zeros(2, 3),
+        "not a number": float("nan"),
+    }
+    assert models.silent_populations(rates) == ["just silent", "none"]
+
+
 def test_rate_regularization_is_of_mean_rates():
     rates = {name: torch.full((3,), 5.0) for name in models.POPULATIONS}
     rates["read_key"] = torch.tensor([10.0, 20.0, 10.0])
