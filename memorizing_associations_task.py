@@ -142,7 +142,7 @@ def add_options(parser: Parser) -> list[str]:
 
 @in_one_line
 def main(argv=None) -> int:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     recorded = add_options(parser)
     given = parser.given(argv)
     given = constants_of_objects(given) | given

@@ -58,7 +58,7 @@ def add_options(parser: Parser) -> list[str]:
 @in_one_line
 def main(argv=None) -> None:
     """Everything that happens, in order. What is wrong with the input is reported before anything is computed."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     recorded = add_options(parser)
     given = parser.given(argv)
     given = constants_of_objects(given) | given

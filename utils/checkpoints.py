@@ -10,7 +10,7 @@ A checkpoint is a `torch.save` dictionary of plain values and tensors. Evaluatin
     optimizer    state of Adam
     history      one dictionary per epoch, the lines of the metrics file
     running      sums over the samples of the unfinished epoch
-    parts        of a network saved by `save_model`: class and constants of a neuron or a rule that is not the published one
+    parts        text: neuron and rule of a network that `save_model` saved with others than the published ones
 
 The original implementation's checkpoints are read, too: their `params` is an `argparse.Namespace`, their parameter names may
 carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix of ones that is not learned.
@@ -24,12 +24,13 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,11 +39,11 @@ from models import Dynamics, MemorizingAssociations, Sizes
 from models.neurons import LIFNeuron
 from models.operands import refuse_misspelled
 from models.plasticity import HebbianRule
-from utils.errors import UserError, shown
+from utils.errors import UserError, reason, shown
 
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
-
+DEFAULTS = models.defaults()
 _ABSENT: dict[str, Any] = {
     "epoch": 0,
     "sample": 0,
@@ -50,12 +51,11 @@ _ABSENT: dict[str, Any] = {
     "optimizer": None,
     "history": [],
     "running": {},
-    "parts": {},
+    "parts": "",
 }
-_NOT_LEARNED = "encoding_layer.encoding"
+_ONES = "encoding_layer.encoding"  # of the original implementation, not learned
 _FOREIGN = "not a checkpoint of this program or of the original implementation"
-_PARTS = {"neuron": LIFNeuron, "rule": HebbianRule}  # the published ones
-DEFAULTS = {"sequence_length": 10} | models.defaults()  # of the options that a network has
+_DAMAGED = "damaged, or not a checkpoint; use another one"
 
 
 # A trained network, for use as a library
@@ -73,15 +73,13 @@ def load_model(
     Raises:
         UserError: no such file, damaged, no checkpoint, or of another neuron or rule.
     """
-    with torch.device("cpu"):  # whatever the caller's default device is
-        checkpoint = load(path, neuron=neuron, rule=rule)
-        try:
-            with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
-                model = models.build_model(checkpoint["params"], backend, neuron, rule)
-        except ValueError as wrong:
-            raise UserError(f"{path}: {wrong}") from wrong
-        model.to(next(iter(checkpoint["state_dict"].values())).dtype)
-        load_weights(model, checkpoint["state_dict"], path)
+    checkpoint = load(path, neuron=neuron, rule=rule)
+    try:
+        with torch.device("meta"):  # initial weights, which are replaced, take no memory and no random numbers
+            model = models.build_model(checkpoint["params"], backend, neuron, rule)
+    except ValueError as wrong:
+        raise UserError(f"{path}: {wrong}") from wrong
+    model.load_state_dict(checkpoint["state_dict"], assign=True)
     return model
 
 
@@ -102,7 +100,7 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
         if network is None:
             raise ValueError(f"save_model takes a MemorizingAssociations, not {type(model).__name__}")
     dynamics, options = network.dynamics, options or {}
-    refuse_misspelled(options, list(DEFAULTS))
+    refuse_misspelled(options, [*DEFAULTS, "sequence_length"])
     owners = ((network.sizes, Sizes), (dynamics, Dynamics), (dynamics.neuron, LIFNeuron), (dynamics.rule, HebbianRule))
     own = {field.name: getattr(part, field.name, None) for part, kind in owners for field in fields(kind) if field.metadata}
     # Plain numbers: a NumPy number, which is a float, too, is more than a reader of plain values takes.
@@ -110,44 +108,26 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
     for name, value in options.items():
         if own.get(name, value) != value:
             raise ValueError(f"{name} {value}: the network has {own[name]}")
-    content = {"params": DEFAULTS | dict(options) | own, "state_dict": _own_names(network.state_dict())}
-    own_parts = {name: getattr(dynamics, name) for name in _PARTS}
-    content["parts"] = {name: _described(part) for name, part in own_parts.items() if type(part) is not _PARTS[name]}
-    _check_shapes(content["params"], content["state_dict"])
-    save(Path(path), content)
+    params, weights = DEFAULTS | dict(options) | own, _own_names(network.state_dict())
+    _check_weights(params, weights, path)
+    save(Path(path), {"params": params, "state_dict": weights, "parts": _described(dynamics.neuron, dynamics.rule)})
 
 
-def _described(part: Any) -> dict[str, Any]:
-    """The class of a neuron or rule, and its constants; others than plain ones as text."""
-    values = {field.name: getattr(part, field.name) for field in fields(part)} if is_dataclass(part) else {}
-    described = {name: _plain(value) for name, value in values.items()}
-    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", "fields": described}
+def _described(neuron: Any, rule: Any) -> str:
+    """Classes and constants of a neuron and a rule as a text that is the same in every process. None and the published ones,
+    whose constants are options, are left out."""
+    parts = {"neuron": neuron, "rule": rule}
+    own = {name: part for name, part in parts.items() if part is not None and type(part) not in (LIFNeuron, HebbianRule)}
+    values = {name: ", ".join(f"{f.name}={_text(getattr(part, f.name))}" for f in fields(part)) for name, part in own.items()}
+    return ", ".join(f"{name} {type(part).__name__}({values[name]})" for name, part in own.items())
 
 
-def _plain(value: Any) -> Any:
-    """A constant as a plain value that is the same in every process."""
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return f"tensor {value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
-
-
-def _check_parts(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises ValueError where neuron and rule are not those that a checkpoint was saved with. Classes are compared by name, and
-    nothing is imported."""
-    for name, usual in _PARTS.items():
-        wanted, part = parts.get(name), given.get(name)
-        if wanted and part is None:
-            constants = ", ".join(f"{field}={value}" for field, value in wanted["fields"].items())
-            raise ValueError(f"its {name} is {wanted['class']}({constants}); give it: load_model(path, {name}=...)")
-        if part is not None:
-            ours, theirs = _described(part), wanted or {"class": f"{usual.__module__}.{usual.__qualname__}"}
-            differs = ours["class"].split(".")[-1] != theirs["class"].split(".")[-1]
-            if differs or ours["fields"] != theirs.get("fields", ours["fields"]):
-                raise ValueError(f"its {name} is {theirs}, not {ours}")
+def _text(constant: Any) -> str:
+    if isinstance(constant, Tensor):
+        content = constant.detach().cpu().double().numpy().tobytes()
+        return f"tensor {tuple(constant.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
+    constant = constant.item() if isinstance(constant, np.generic) else constant
+    return getattr(constant, "__qualname__", None) or repr(constant)
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
@@ -155,7 +135,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str |
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as failure:
-        reasons = "; ".join(line.strip() for line in str(failure).splitlines()[1:])
+        reasons = shown("; ".join(line.strip() for line in str(failure).splitlines()[1:]))
         raise UserError(f"{path}: does not fit the network ({reasons})") from failure
 
 
@@ -188,8 +168,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except (OSError, RuntimeError) as failure:  # PyTorch's writer of archives turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = getattr(failure, "strerror", None) or str(failure).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); make room or choose another --output_dir") from failure
+        why = reason(failure, path) if isinstance(failure, OSError) else str(failure).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({why}); make room or choose another --output_dir") from failure
     with contextlib.suppress(OSError):  # some file systems cannot synchronize a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -219,30 +199,34 @@ def load(path: str | Path, *, neuron: Any = None, rule: Any = None) -> dict[str,
     Raises:
         UserError: no such file, damaged, not such a checkpoint, or of another neuron or rule.
     """
+    path = Path(path)
     try:
-        content = _read(Path(path))
+        content = _read(path)
         if not isinstance(content, dict) or not {"params", "state_dict"} <= content.keys():
             raise ValueError(_FOREIGN)
-        checkpoint = {key: content.get(key, value) for key, value in _ABSENT.items()}
-        for name, part in checkpoint["parts"].items():
-            _check_plain(f"parts: {name}", part["fields"] | {"class": part["class"]})
-        _check_parts(checkpoint["parts"], {"neuron": neuron, "rule": rule})
-        params, state_dict = content["params"], _own_names(content["state_dict"])
-        if isinstance(params, argparse.Namespace):
-            params = vars(params) | {"inf_data": int(params.inf_data)}
-        params = _checked_constants(DEFAULTS | params)
-        _check_shapes(params, state_dict, [_NOT_LEARNED] if isinstance(content["params"], argparse.Namespace) else [])
-        if not (state_dict.pop(_NOT_LEARNED, torch.ones(())) == 1).all():
-            raise ValueError(f"state_dict: {_NOT_LEARNED} is not a matrix of ones")
-        checkpoint |= {"params": params, "state_dict": state_dict, "optimizer": _adam(checkpoint["optimizer"], state_dict)}
-        checkpoint["best_acc"] = float(checkpoint["best_acc"])
-        checkpoint["history"] = [metrics_line(line) for line in checkpoint["history"]]
-        checkpoint["running"] = _running(checkpoint["running"])
-        _check_numbers(checkpoint)
-    except FileNotFoundError as failure:
-        raise UserError(f"{path}: no such file; give a checkpoint (...pth.tar) or the folder of a run") from failure
+        content = _ABSENT | content
+        params, weights = _options(content["params"]), _own_names(content["state_dict"])
+        _check_weights(params, weights, path)
+        if not (weights.pop(_ONES, torch.ones((), device="cpu")) == 1).all():
+            raise ValueError(f"state_dict: {_ONES} is not a matrix of ones")
+        checkpoint = {
+            "params": params,
+            "state_dict": {name: _finite(name, weight) for name, weight in weights.items()},
+            "epoch": _count("epoch", content["epoch"]),
+            "sample": _count("sample", content["sample"]),
+            "best_acc": _number("best_acc", float(content["best_acc"])),
+            "optimizer": _adam(content["optimizer"], weights),
+            "history": [_numbers("history", metrics_line(line)) for line in content["history"]],
+            "running": _today(_numbers("running", content["running"])),
+            "parts": _plain("parts", content["parts"]),
+        }
+        if (saved := checkpoint["parts"]) != (given := _described(neuron, rule)):
+            usual = "the published neuron and rule"
+            remedy = "give those that it was saved with: load_model(path, neuron=..., rule=...)"
+            raise ValueError(f"has {saved or usual}, not {given or usual}; {remedy}")
     except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror or failure}") from failure
+        remedy = "; give a checkpoint (...pth.tar) or the folder of a run"
+        raise UserError(f"{path}: {reason(failure, path)}{remedy}") from failure
     except ValueError as failure:
         raise UserError(f"{path}: {shown(failure)}") from failure
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError) as failure:
@@ -288,16 +272,68 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as failure:
         raise ValueError("refused, it holds more than tensors and plain values") from failure
-    except FileNotFoundError:
-        raise
-    except OSError as failure:
-        if failure.errno and failure.filename:
-            raise
-        raise ValueError("damaged, or not a checkpoint; use another one") from failure
     except ValueError:
         raise
     except Exception as failure:  # there is no telling what a damaged archive or pickle raises
-        raise ValueError("damaged, or not a checkpoint; use another one") from failure
+        if isinstance(failure, OSError) and failure.filename:  # it cannot be opened
+            raise
+        raise ValueError(_DAMAGED) from failure
+
+
+# What a file holds, checked and in today's form. What is wrong is a ValueError.
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A number, a word, or a list of them: nests may unfold without an end, as may whole numbers."""
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(one, bool | int | float | str | None) or (isinstance(one, int) and abs(one) >= 2**63):
+            raise ValueError(f"{short(name)} must be a number of 64 bits, a word, or a list of them")
+    return value
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 10**9:
+        raise ValueError(f"{name}: must be a whole number from 0")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name}: holds a number that is not finite; use another checkpoint")
+    return value
+
+
+def _numbers(where: str, values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: _number(f"{where}: {name}", value) for name, value in values.items()}
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    _number(name, 0.0 if torch.isfinite(tensor).all() else math.nan)
+    return tensor
+
+
+def _today(sums: Mapping[str, float]) -> dict[str, float]:
+    """Sums of an unfinished epoch; v0.3 had other names, and counted correct samples where there are percents today."""
+    renamed = {"loss": ("train_loss", 1), "accuracy": ("train_accuracy", 100), "regularization": ("rate_regularization", 1)}
+    today = {name: renamed.get(name, (name, 1)) for name in sums}
+    return {today[name][0]: today[name][1] * value for name, value in sums.items()}
+
+
+def metrics_line(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the metrics; v0.3 nested the rates, and counted epochs from 0."""
+    if "rates" not in line:
+        return dict(line)
+    others = {name: value for name, value in line.items() if name != "rates"}
+    return others | {"epoch": line["epoch"] + 1} | line["rates"]
+
+
+def _options(params: Any) -> dict[str, Any]:
+    """The options, those of a network possible; the original implementation keeps them in a namespace."""
+    if isinstance(params, argparse.Namespace):
+        params = vars(params) | {"inf_data": int(params.inf_data)}
+    params = {name: _plain(f"params: {name}", value) for name, value in params.items()}
+    models.constants(params)
+    return DEFAULTS | params
 
 
 def _own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -306,42 +342,15 @@ def _own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in names.items() if name != "n_averaged"}
 
 
-def _checked_constants(params: dict[str, Any]) -> dict[str, Any]:
-    """The options of a network, which must be possible. Raises ValueError."""
-    try:
-        _check_plain("params", params)
-        models.constants(params)
-    except ValueError as wrong:
-        raise ValueError(f"params: {wrong}") from wrong
-    return params
-
-
-def _check_plain(where: str, values: Mapping[str, Any]) -> None:
-    """Raises ValueError for what is no number, word or list of them: nests may unfold without an end, as may whole numbers."""
-    for name, value in values.items():
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(one, bool | int | float | str | None) or (isinstance(one, int) and abs(one) >= 2**63):
-                raise ValueError(f"{where}: {short(name)} must be a number of 64 bits, a word, or a list of them")
-
-
-def _check_shapes(params: Mapping[str, Any], state_dict: Mapping[str, Tensor], optional: Collection[str] = ()) -> None:
-    """See that weights have the sizes of the options and storages of their own size, before anything is built from either."""
-    classes, features, embedding, memory = (params[n] for n in ("num_classes", "feature_size", "embedding_size", "memory_size"))
-    wanted = {
-        "input_layer.weight": (embedding, features),
-        "embedding_layer.embedding.weight": (classes, embedding),
-        "writing_layer.W": (2 * memory, 2 * embedding),
-        "reading_layer.W": (memory, embedding + memory),
-        "output_layer.weight": (classes, memory),
-    }
-    wanted |= {name: (embedding, embedding) for name in optional if name in state_dict}
-    found = {name: tuple(weight.shape) for name, weight in state_dict.items()}
-    if wrong := [f"{n} {found.get(n)}, not {wanted.get(n)}" for n in {**wanted, **found} if found.get(n) != wanted.get(n)]:
-        raise ValueError(f"does not fit the network ({'; '.join(wrong)})")
-    for name, weight in state_dict.items():
+def _check_weights(params: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """See that weights have storages of their own size and the sizes of the options, before anything is built from either."""
+    for name, weight in weights.items():
         size = weight.numel() * weight.element_size()
         if not weight.is_floating_point() or weight.is_meta or weight.untyped_storage().nbytes() < size:
             raise ValueError(f"state_dict: {name} holds other elements than the file")
+    with torch.device("meta"):  # without memory
+        network = MemorizingAssociations(*models.constants(params))
+    load_weights(network, {name: weight.to("meta") for name, weight in weights.items() if name != _ONES}, path)
 
 
 def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -358,47 +367,15 @@ def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | Non
         moments = {}
         for new, (old, weight) in enumerate(zip(numbers, weights.values(), strict=True)):
             step, *means = (state[old][part] for part in ("step", "exp_avg", "exp_avg_sq"))
-            if any(mean.shape != weight.shape for mean in means):
+            if float(step) < 0 or any(mean.shape != weight.shape for mean in means):
                 return None
-            moments[new] = {"step": torch.tensor(float(step))}  # PyTorch before 1.12 counted in a plain number
+            moments[new] = {"step": torch.tensor(float(step), device="cpu")}  # PyTorch before 1.12 counted in a plain number
             moments[new] |= {"exp_avg": means[0].contiguous(), "exp_avg_sq": means[1].contiguous()}
         if any(group.get(name, value) != value for name, value in usual.items()):
             return None
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
+    for number, moment in moments.items():
+        for part, tensor in (moment | {"exp_avg_sq": moment["exp_avg_sq"].sqrt()}).items():
+            _finite(f"optimizer: {part} of parameter {number}", tensor)
     return {"state": moments, "param_groups": [usual | {"lr": float(group["lr"]), "params": list(moments)}]}
-
-
-def _check_numbers(checkpoint: Mapping[str, Any]) -> None:
-    """Raises ValueError for a number that is not finite, a count that is none, and a mean square that has no root."""
-    for name in ("epoch", "sample"):
-        if not (type(checkpoint[name]) is int and 0 <= checkpoint[name] < 10**9):
-            raise ValueError(f"{name}: must be a whole number from 0")
-    tensors = checkpoint["state_dict"] | {"best_acc": torch.tensor(checkpoint["best_acc"])}
-    for number, moment in checkpoint["optimizer"]["state"].items() if checkpoint["optimizer"] else ():
-        tensors |= {f"optimizer: {part} of parameter {number}": moment[part] for part in ("step", "exp_avg")}
-        tensors[f"optimizer: exp_avg_sq of parameter {number}"] = moment["exp_avg_sq"].sqrt()
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    for part, numbers in ("running", checkpoint["running"]), *(("history", line) for line in checkpoint["history"]):
-        plain = {name: value if type(value) in (int, float) else math.nan for name, value in numbers.items()}
-        broken += [f"{part}: {name}" for name, value in plain.items() if not math.isfinite(value)]
-    if broken:
-        raise ValueError(f"{', '.join(broken)}: holds a number that is not finite; use another checkpoint")
-
-
-def metrics_line(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the metrics: that of an earlier release (nested rates, epochs counted from 0) in today's form."""
-    if "rates" not in line:
-        return dict(line)
-    others = {name: value for name, value in line.items() if name != "rates"}
-    return others | {"epoch": line["epoch"] + 1} | line["rates"]
-
-
-# Sums of an unfinished epoch of v0.3: their names today, and what they are multiplied by.
-_RENAMED = {"loss": ("train_loss", 1), "accuracy": ("train_accuracy", 100), "regularization": ("rate_regularization", 1)}
-
-
-def _running(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums of an unfinished epoch, those of v0.3 in today's form."""
-    today = {name: _RENAMED.get(name, (name, 1)) for name in sums}
-    return {today[name][0]: today[name][1] * value for name, value in sums.items()}

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
@@ -55,6 +56,14 @@ def shown(text: object) -> str:
     line = " ".join(str(text).split())
     line = line if line.isprintable() else line.encode("unicode_escape").decode()
     return line if len(line) < 600 else line[:600] + " ..."
+
+
+def reason(failure: OSError, path: Path) -> str:
+    """Why a path cannot be used; of a link that leads nowhere, the system says that it exists, or that it does not."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            return f"{place} is a link to what is not there"
+    return failure.strerror or str(failure)
 
 
 def not_finite(where: str, what: str, dynamics: models.Dynamics) -> UserError:

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import importlib
-import math
 import os
 import re
 import sys
@@ -15,7 +14,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from utils.errors import UsageError, UserError, shown
+from models.constants import out_of_bounds
+from utils.errors import UsageError, UserError, reason, shown
 
 # Options that are gone, each with the value at which it changed nothing; records and checkpoints of v0.3 hold some of them.
 REMOVED = {"network": "hebbian_snn", "rectified": "true", "positions": "false"}
@@ -27,12 +27,15 @@ class Parser(argparse.ArgumentParser):
     """Options in both spellings (`--dist-url`, `--dist_url`), from the command line and from the YAML files of --config.
 
     A file is read as the words `--name=value`, so that its values are checked like those of the command line.
+
+    Args:
+        doc: the docstring of the script, whose first line describes it; `python -OO` has none.
     """
 
-    def __init__(self, description: str):
+    def __init__(self, doc: str | None):
         super().__init__(
             usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",
-            description=description,
+            description=(doc or "").partition("\n")[0],
             epilog="Names may be written with hyphens, too. A switch takes true or false.",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
@@ -40,9 +43,9 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-[.\d]|-inf|-nan")  # values, not options; argparse's own misses -1e-3
         text = "read options from a YAML file; the command line overrides it, and a later file an earlier one"
         self.add_argument("--config", action="append", default=argparse.SUPPRESS, metavar="FILE.yaml", help=text)
-        for name in REMOVED:
-            gone: dict[str, Any] = {"nargs": "?", "const": "true", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            self.add_argument(f"--{name}", type=removed(name), **gone)
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        for name, harmless in REMOVED.items():
+            self.add_argument(f"--{name}", type=removed(harmless), nargs="?", const="true", **hidden)
 
     def given(self, words: Sequence[str] | None = None) -> dict[str, Any]:
         """The options that are set by these words (default: the command line) and the YAML files that they name, by name.
@@ -54,10 +57,10 @@ class Parser(argparse.ArgumentParser):
         found: dict[str, Any] = {}
         for path in own.pop("config", ()):
             try:
-                words = words_of_yaml(Path(os.path.expanduser(path)))
-                if any(word.startswith("--config=") for word in words):
+                values = self._parse(words_of_yaml(Path(os.path.expanduser(path))))
+                if "config" in values:
                     raise UsageError("config: a file cannot name another one")
-                found |= self._parse(words)
+                found |= values
             except UsageError as wrong:
                 raise UsageError(f"--config {shown(path)}: {wrong}") from None
         return found | own
@@ -84,8 +87,6 @@ class Parser(argparse.ArgumentParser):
         name = word.partition("=")[0][:80]
         if not name.startswith("--"):
             self.error(f"{short(word)}: not an option")
-        if name == "--local_rank":
-            self.error("--local_rank: no such option; start the processes by torchrun, which passes it in the environment")
         known = [action.dest for action in self._actions if action.help != argparse.SUPPRESS]
         initials = {"".join(part[0] for part in option.split("_")): option for option in known}  # lr
         close = initials.get(name[2:]) or next(iter(difflib.get_close_matches(name[2:], known, n=1)), None)
@@ -100,7 +101,7 @@ def read_words(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Words)
     except OSError as failure:
-        raise UsageError(str(failure.strerror)) from failure
+        raise UsageError(reason(failure, path)) from failure
     except (yaml.YAMLError, ValueError, RecursionError, RuntimeError) as failure:
         raise UsageError(f"not a YAML file of options ({shown(failure)})") from failure
 
@@ -110,13 +111,10 @@ def words_of_yaml(path: Path) -> list[str]:
     found = read_words(path)
     if not isinstance(found, dict | None):
         raise UsageError("must hold lines like 'memory_size: 100'")
-    words = []
     for name, value in (found or {}).items():
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, str) for one in (name, *values)):
+        if not all(isinstance(one, str) for one in (value if isinstance(value, list) else [value])):
             raise UsageError(f"{short(name)}: must have one value, or a list of them")
-        words.append(f"--{name}={','.join(values)}")
-    return words
+    return words_of(found or {})
 
 
 class _Words(yaml.BaseLoader):
@@ -124,20 +122,16 @@ class _Words(yaml.BaseLoader):
 
     def construct_mapping(self, node, deep=False):
         found: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
         for pair in node.value:
             name, value = (self.construct_object(part, deep=True) for part in pair)
             if not isinstance(name, str):
                 raise yaml.YAMLError(f"{short(name)} is no option")
-            if (name := name.replace("-", "_")) in found or (name == "<<" and merged):
+            if (name := name.replace("-", "_")) in found:
                 raise yaml.YAMLError(f"{name} is there twice")
-            if name != "<<":
-                found[name] = value
-                continue
-            for other in value[::-1] if isinstance(value, list) else [value]:  # the first one counts
-                if not isinstance(other, dict):
-                    raise yaml.YAMLError("<< must be a mapping, or a list of them")
-                merged |= other
+            found[name] = value
+        merged = found.pop("<<", {})
+        if not isinstance(merged, dict):
+            raise yaml.YAMLError("<< must be a mapping")
         return merged | found
 
 
@@ -151,7 +145,7 @@ def words_of(values: Mapping[str, Any]) -> list[str]:
     def word(value: Any) -> str:
         if isinstance(value, tuple | list):
             return ",".join(map(word, value))
-        return {None: "none", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+        return "none" if value is None else str(value)
 
     return [f"--{name}={word(value)}" for name, value in values.items()]
 
@@ -200,21 +194,21 @@ def constants_of_objects(given: Mapping[str, Any]) -> dict[str, Any]:
 # Types: functions of a word, which say in an ArgumentTypeError what is expected.
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable[[str], Any]:
-    """An int or a float from `low` to `high`, greater than `above`, and finite; an int of 64 bits."""
-    high = min(high, 2**63 - 1) if kind is int else high
+def number(
+    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Callable[[str], int | float]:
+    """An int of 64 bits, or a finite float: from `low` to `high`, greater than `above`."""
 
-    def convert(word: str):
+    def convert(word: str) -> int | float:
         try:
             value = kind(word)
         except ValueError:
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {what}, not {short(word)}") from None
-        if kind is float and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be finite, not {short(word)}")
-        bounds = {f"at least {low}": value < low, f"at most {high}": value > high, f"greater than {above}": value <= above}
-        if wrong := [words for words, beyond in bounds.items() if beyond]:
-            raise argparse.ArgumentTypeError(f"must be {wrong[0]}, not {short(word)}")
+        if kind is int and abs(value) >= 2**63:
+            raise argparse.ArgumentTypeError(f"must be a number of 64 bits, not {short(word)}")
+        if wrong := out_of_bounds(value, low=low, above=above, high=high):
+            raise argparse.ArgumentTypeError(wrong)
         return value
 
     return convert
@@ -225,10 +219,7 @@ def of(constants: type, name: str) -> dict[str, Any]:
     (field,) = (field for field in fields(constants) if field.name == name)
     if isinstance(field.default, bool):
         return SWITCH | {"default": field.default}
-    bounds = {
-        bound: value for bound, value in field.metadata.items() if bound in ("low", "high", "above") and value is not None
-    }
-    return {"type": number(type(field.default), **bounds), "default": field.default}
+    return {"type": number(type(field.default), **field.metadata), "default": field.default}
 
 
 def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -273,11 +264,11 @@ def lengths(word: str) -> int | tuple[int, ...]:
     return tuple(found) if len(found) > 1 else found[0]
 
 
-def removed(name: str) -> Callable[[str], str]:
-    """Of an option that is gone: any value but the one that changed nothing is refused."""
+def removed(harmless: str) -> Callable[[str], str]:
+    """Of an option that is gone: any value is refused but the one that changed nothing."""
 
     def convert(word: str) -> str:
-        if word.lower() != REMOVED[name]:
+        if word.lower() != harmless:
             raise argparse.ArgumentTypeError("removed after v0.3; see CHANGELOG.md")
         return word
 
