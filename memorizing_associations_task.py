@@ -451,7 +451,7 @@ def evaluate_checkpoint(args: argparse.Namespace, resume: Path, checkpoint: dict
         samples = data.evaluation_set("test", length, **task)
         tested = evaluate(model, samples, min(args.batch_size, EVALUATION_BATCH), where)
         rows.append({"sequence_length": length, "accuracy": tested["accuracy"], "loss": tested["loss"]}
-                    | {"trained_length": checkpoint["params"]["sequence_length"], "samples": len(samples)}
+                    | {"trained_length": checkpoint["params"].get("sequence_length"), "samples": len(samples)}
                     | {"num_classes": args.num_classes, "dataset_seed": args.dataset_seed, "checkpoint": str(resume)}
                     | {"accuracy_ties_shared": tested["accuracy_ties_shared"], "ties": tested["ties"]})  # fmt: skip
         print_rank0(f"sequence_length {length:3d}  loss {tested['loss']:.4f}  accuracy {tested['accuracy']:7.3f} %"

@@ -111,7 +111,7 @@ def cases(arguments: argparse.Namespace) -> list[dict]:
         sizes = itertools.product(arguments.lengths, arguments.memory_sizes)
         if network != NEW:
             params = checkpoints.load(network)["params"]
-            sizes = [(params["sequence_length"], params["memory_size"])]
+            sizes = [(params.get("sequence_length", arguments.lengths[0]), params["memory_size"])]
         for (length, memory_size), batch in itertools.product(sizes, arguments.batches):
             case = {"backend": backend, "network": network, "length": length, "memory_size": memory_size, "batch": batch}
             found.append(case | {"repeats": arguments.repeats})

@@ -14,7 +14,6 @@ from helpers import refuse
 
 import memorizing_associations_task as task
 from utils import checkpoints
-from utils.errors import UserError
 
 MARKER = "PAYLOAD-GOES-HERE"
 
@@ -56,14 +55,6 @@ def test_no_payload_runs(name, tmp_path, capsys):
     assert not mark.exists(), "the payload ran"
     torch.load(path, weights_only=False)
     assert mark.exists(), "harmless: a test of it cannot fail"
-
-
-def test_files_of_old_pytorch_are_not_opened(tmp_path):
-    path, payload = tmp_path / "file.pth.tar", {"params": Call(os.mkdir, str(tmp_path / "ran"))}
-    torch.save(payload, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
-        checkpoints.load(path)
-    assert not (tmp_path / "ran").exists()
 
 
 # Sizes
@@ -109,19 +100,18 @@ HARMFUL = {  # what is changed in the file, and what is said
     "a weight of one number": ({"state_dict": {"writing_layer.W": huge(40, 32)}}, f"state_dict: writing_layer.W {OTHERS}"),
     "weights without numbers": ({"state_dict": {"writing_layer.W": torch.empty(40, 32, device="meta")}}, OTHERS),
     "complex weights": ({"state_dict": {"writing_layer.W": torch.zeros(40, 32) * 1j}}, OTHERS),
-    "another weight": ({"state_dict": {"more": huge(10**6, 10**6)}}, "network (more (1000000, 1000000), not None)"),
-    "ones": ({"state_dict": {"encoding_layer.encoding": huge(10**5, 10**5)}}, "does not fit the network (encoding_layer"),
-    "ones of one number": ({"state_dict": {"encoding_layer.encoding": huge(16, 16)}}, f"encoding_layer.encoding {OTHERS}"),
-    "a nest of options": ({"params": {"epochs": nest()}}, f"params: 'epochs' {NOT_PLAIN}"),
-    "a nest of model options": ({"params": {"thr": nest()}}, f"params: 'thr' {NOT_PLAIN}"),
+    "another weight": ({"state_dict": {"more": torch.zeros(1)}}, "does not fit the network (Unexpected key"),
+    "ones of one number": ({"state_dict": {"encoding_layer.encoding": huge(10**5, 10**5)}}, f"encoding {OTHERS}"),
+    "a nest of options": ({"params": {"epochs": nest()}}, f"params: epochs: {NOT_PLAIN}"),
+    "a nest of model options": ({"params": {"thr": nest()}}, f"params: thr: {NOT_PLAIN}"),
     "a nest in the history": ({"history": [{"train_loss": nest()}]}, "history: train_loss: holds"),
-    "a nest of sums": ({"running": {"loss": nest()}}, "running: train_loss: holds"),
-    "a nest in a part": ({"parts": {"neuron": {"class": "a", "fields": {"b": nest()}}}}, f"parts: neuron: 'b' {NOT_PLAIN}"),
+    "a nest of sums": ({"running": {"loss": nest()}}, "running: loss: holds"),
+    "a nest of parts": ({"parts": nest()}, f"parts: {NOT_PLAIN}"),
     "a nest as accuracy": ({"best_acc": nest()}, "not a checkpoint"),
     "a nest as epoch": ({"epoch": nest()}, "epoch: must be a whole number"),
-    "a terminal's commands": ({"state_dict": {"\x1b[31m\n": torch.zeros(1)}}, r"does not fit the network (\x1b[31m"),
-    "a long name": ({"state_dict": {"x" * 10**6: torch.zeros(1)}}, "does not fit the network (xxx"),
-    "commands in a class": ({"parts": {"rule": {"class": "\x1b[31m", "fields": {}}}}, r"its rule is \x1b[31m()"),
+    "a terminal's commands": ({"state_dict": {"\x1b[31m\n": torch.zeros(1)}}, r'(Unexpected key(s) in state_dict: "\x1b[31m'),
+    "a long name": ({"state_dict": {"x" * 10**6: torch.zeros(1)}}, "does not fit the network (Unexpected key"),
+    "commands in a text": ({"parts": "\x1b[31m"}, r"has \x1b[31m, not the published neuron and rule"),
 }  # fmt: skip
 
 
@@ -145,26 +135,19 @@ def test_a_harmful_file_is_refused_at_once_and_without_memory(name, tmp_path, ca
     assert line.isprintable() and len(line) < 1000
 
 
-OPTIONS_WITH_COMMANDS = {
-    "seed": "\x1b[31m",
-    "device": "cpu\x1b[31m\n",
-    "network": "\x1b[31m",
-    "epochs": "--",
-    "backend": "x" * 10**5,
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS_WITH_COMMANDS)
-def test_the_options_of_a_file_reach_the_terminal_printable_and_short(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", "\x1b[31m"), ("device", "cpu\x1b[31m\n"), ("backend", "x" * 10**5)], ids=range(3)
+)
+def test_the_options_of_a_file_reach_the_terminal_printable_and_short(name, value, tmp_path, capsys):
     path = tmp_path / "file.pth.tar"
-    torch.save(harmed(torch.load(PUBLISHED, weights_only=False), {"params": {name: OPTIONS_WITH_COMMANDS[name]}}), path)
+    torch.save(harmed(torch.load(PUBLISHED, weights_only=False), {"params": {name: value}}), path)
     line = refuse(capsys, "--resume", path, "--evaluate", "--device", "cpu")
     assert line.startswith(f"error: {path}: params: --{name}: ")
     assert line.isprintable() and len(line) < 1000
 
 
 @pytest.mark.parametrize("part", ["step", "exp_avg", "exp_avg_sq"])
-@pytest.mark.parametrize("value", [nest(), nest(1.0), huge(10**6, 10**6), torch.zeros(10, 10), "\x1b[31m"], ids=range(5))
+@pytest.mark.parametrize("value", [nest(), huge(10**6, 10**6), torch.full((10, 10), -1.0), -1.0, "\x1b[31m"], ids=range(5))
 def test_what_is_no_state_of_adam_is_left_out_without_memory(part, value, tmp_path):
     content = torch.load(PUBLISHED, weights_only=False)
     content["optimizer"]["state"][0][part] = value

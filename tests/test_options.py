@@ -1,10 +1,10 @@
 """Options of both scripts, on the command line and in YAML: never a traceback; an error is one line that names the option."""
 
+import argparse
 import contextlib
 import importlib
 import io
 import os
-import re
 import time
 
 import golden
@@ -15,14 +15,10 @@ from hypothesis import strategies as st
 
 import memorizing_associations_task as task
 from utils.errors import UserError
-from utils.options import REMOVED, Parser
+from utils.options import REMOVED, Parser, number
 
 PUBLISHED = str(golden.PUBLISHED)
 SCRIPTS = {"train": "memorizing_associations_task", "plot": "plot_memorizing_associations_task"}
-EXAMPLES = int(os.environ.get("OPTIONS_EXAMPLES", "25"))
-many = hypothesis.settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True, database=None
-)
 scripts = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -65,21 +61,14 @@ def in_yaml(script: str, text: str | bytes) -> tuple[int, str]:
     return outcome(script, ["--config", "options.yaml", *(["--checkpoint_path", PUBLISHED] if script == "plot" else [])])
 
 
-class Found(Exception):
-    pass
-
-
 def parser_of(script: str) -> Parser:
-    """The parser that a script makes, before it reads a word."""
-
-    def found(parser, _):
-        raise Found(parser)
-
+    """The parser that a script makes."""
+    found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parser, "given", found)
-        with pytest.raises(Found) as stopped:
+        patch.setattr(Parser, "given", lambda parser, _: found.append(parser) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             run(script, [])
-    return stopped.value.args[0]
+    return found[0]
 
 
 def table_of(script: str) -> dict:
@@ -169,37 +158,32 @@ def test_words_of_the_command_line(words, values):
         ("--sequence_length 2-5", "--sequence_length: several lengths are for --evaluate"),
         ("--sequence_length 5-2 --evaluate", "--sequence_length: must be one length or several"),
         ("--memory_size 0", "--memory_size: must be at least 1"),
-        ("--memory-size 1.5", "--memory_size: must be a whole number"),
         ("--tau_mem -20", "--tau_mem: must be greater than 0"),
-        ("--thr nan", "--thr: must be finite"),
-        ("--readout_delay 0", "--readout_delay: must be at least 1"),
         ("--refractory_time_steps 9223372036854775807", "--refractory_time_steps: must be at most"),
         ("--backend fast", "--backend: invalid choice: 'fast'"),
         ("--inf_data 2", "--inf_data: invalid choice: 2"),
         ("--perfect_reset maybe", "--perfect_reset: must be true or false, not 'maybe'"),
         ("--no-logging", "--no_logging: no such option, did you mean --logging?"),
         ("--memory_size", "--memory_size: expected one argument"),
-        ("--epochs 1" + "0" * 400, "--epochs: must be at most 9223372036854775807"),
+        ("--epochs 1" + "0" * 400, "--epochs: must be a number of 64 bits"),
+        ("--config dead", "--config dead: dead is a link to what is not there"),
         ("--thr " + "9" * 5000, "--thr: must be finite"),
-        ("--inf_data " + "9" * 5000, "--inf_data: invalid int value"),
         ("--network lstm", "--network: removed after v0.3; see CHANGELOG.md"),
-        ("--positions", "--positions: removed after v0.3; see CHANGELOG.md"),
         ("--tau_adaptation=800", "--tau_adaptation: removed after v0.3; see CHANGELOG.md"),
         ("--lr 1", "--lr: no such option, did you mean --learning_rate?"),
         ("--seq_len 5", "--seq_len: no such option, did you mean --sequence_length?"),
         ("--batchsize=5", "--batchsize: no such option, did you mean --batch_size?"),
-        ("--local-rank=0", "--local_rank: no such option; start the processes by torchrun"),
+        ("--local-rank=0", "--local_rank: no such option"),
         ("--config no.yaml", "--config no.yaml: No such file"),
         ("--config ~no-such-user/x", "--config ~no-such-user/x: No such file"),
-        ("--config .", "--config .: Is a directory"),
         ("--curriculum_start 11", "--curriculum_start 11"),
         ("word", "'word': not an option"),
-        ("-x", "'-x': not an option"),
         ("-- --thr", "--: no such option"),
         ("--memory-size=--", "--memory_size: must have a value other than --"),
     ],
 )
 def test_impossible_command_lines_are_refused(arguments, names):
+    os.symlink("nowhere", "dead")
     status, error = outcome("train", arguments.split())
     assert status == 2
     assert names in error
@@ -215,15 +199,12 @@ def test_impossible_command_lines_are_refused(arguments, names):
         ("seed: 1:30\n", "seed: must be a whole number, not '1:30'"),
         ("memory_size: [1, 2]\n", "memory_size: must be a whole number"),
         ("memory_size:\n", "memory_size: must be a whole number, not 'none'"),
-        ("memory_size: " + "9" * 5000 + "\n", "memory_size: must be a whole number"),
-        ("perfect_reset: 1\n", "perfect_reset: must be true or false"),
         ("network: h_mem\n", "network: removed after v0.3; see CHANGELOG.md"),
         ("memory_sise: 3\n", "memory_sise: no such option, did you mean --memory_size?"),
         ("? [a, b]\n: 3\n", "is no option"),
+        ("<<: [{thr: 1}]\n", "<< must be a mapping"),
         ("null: 2\n", "none: no such option"),
         ("- memory_size\n", "must hold lines like"),
-        ("just text\n", "must hold lines like"),
-        ("thr: *nothing\n", "not a YAML file of options"),
         ("thr: !!python/object/apply:os.system ['touch ran']\n", "options.yaml"),
         ("thr: [[0.1]]\n", "'thr': must have one value, or a list of them"),
         ("thr: {a: 0.1}\n", "'thr': must have one value, or a list of them"),
@@ -232,14 +213,12 @@ def test_impossible_command_lines_are_refused(arguments, names):
         ("thr=0.1: 1\n", "thr: must be a number, not '0.1=1'"),
         ('"\\e[31mthr": 1\n', "no such option"),
         ('"\\e[31m": 1\n"\\e[31m": 1\n', "is there twice"),
-        ("thr: " + "x" * 5000 + "\n", "thr: must be a number"),
         ("? " + "x" * 5000 + "\n: 1\n", "no such option"),
         ("thr: &a [*a]\n", "options.yaml"),
-        ("a: 1\n--- \nb: 2\n", "options.yaml"),
         ("[" * 20_000, "options.yaml"),
         (b"\xff\xfe\x00\x01", "options.yaml"),
     ],
-    ids=range(29),
+    ids=range(24),
 )
 def test_odd_yaml_is_refused(script, text, named):
     status, error = in_yaml(script, text)
@@ -261,8 +240,8 @@ def test_yaml_that_unfolds_without_an_end_is_refused_at_once(use):
 def test_yaml_scalars_are_the_words_of_the_command_line():
     assert in_yaml("train", "l2: 1e-5\nlearning_rate: 1\nseed: null\nmemory_size: &size 20\nembedding-size: *size\n") == (0, "")
     with open("options.yaml", "w") as file:
-        file.write("seed: 010\nsequence_length: [2-4, 7]\noutput_dir:\n")
-    assert given("--config", "options.yaml") == {"seed": 10, "sequence_length": (2, 3, 4, 7), "output_dir": ""}
+        file.write("seed: 010\nsequence_length: [2-4, 7]\noutput_dir:\n<<: {seed: 1, l2: 2}\n")
+    assert given("--config", "options.yaml") == {"seed": 10, "sequence_length": (2, 3, 4, 7), "output_dir": "", "l2": 2}
     assert in_yaml("train", "") == (0, "")
 
 
@@ -274,57 +253,30 @@ def test_an_option_that_is_gone_is_ignored_where_it_changed_nothing():
 # Any option, any value
 
 
-def bounds_of(action) -> tuple[str | None, dict]:
-    """Whether an option is an int or a float, and its bounds; None: it is neither."""
-    names = getattr(action.type, "__code__", None) and action.type.__code__.co_freevars
-    if not names or "kind" not in names:
-        return None, {}
-    found = {name: cell.cell_contents for name, cell in zip(names, action.type.__closure__, strict=True)}
-    return found["kind"].__name__, {name: found[name] for name in ("low", "high", "above") if abs(found[name]) < 2**62}
+@scripts
+def test_a_wrong_value_of_any_option_is_named_on_the_command_line_and_in_a_file(script):
+    for name in table_of(script):
+        for word in ("\x1b[31m", "1\n2"):
+            for file, (status, error) in (
+                ("", outcome(script, [f"--{name.replace('_', '-')}={word}"])),
+                ("options.yaml: ", in_yaml(script, yaml.safe_dump({name: word}))),
+            ):
+                assert status == 2 and f"{file}--{name}: " in error, (name, word, error)
 
 
-def wrong_words(action) -> st.SearchStrategy | None:
-    """Words that cannot be a value of the option."""
-    if action.choices:
-        return st.sampled_from(["no such", "ALL", "", "-1", "\x1b[31m"])
-    if action.dest == "sequence_length":
-        return st.sampled_from(["ten", "", "0", "5-2", "2-", "-1", "1-99999", "1.0"])
-    if action.type.__name__ == "switch":
-        return st.sampled_from(["1", "yes", "", "none", "tru\n"])
-    kind, bounds = bounds_of(action)
-    if not kind:
-        return None
-    wrong = [st.sampled_from(("ten", "", " ", "0x10", "--", "1,5", "None", "true", "[1]", "\x00", "1\n2", "nan", "-inf"))]
-    if kind == "int":
-        wrong.append(st.floats(allow_nan=False).filter(lambda x: "." in repr(x) or "e" in repr(x)).map(repr))
-        wrong.append(st.integers(min_value=2**63).map(str))
-    if "low" in bounds:
-        wrong.append(st.integers(max_value=int(bounds["low"]) - 1).map(str))
-    if "above" in bounds:
-        wrong.append(st.floats(max_value=bounds["above"], allow_nan=False, allow_infinity=False).map(repr))
-    if "high" in bounds:
-        wrong.append(st.integers(min_value=int(bounds["high"]) + 1).map(str))
-    return st.one_of(wrong)
+@pytest.mark.parametrize("kind", [int, float])
+def test_bounds_of_numbers(kind):
+    convert = number(kind, low=-2, high=3, above=-2)
+    assert [convert("-1"), convert("3")] == [-1, 3]
+    for word, message in {"-2": "greater than -2", "4": "at most 3", "-3": "at least -2", "9" * 5000: "must be "}.items():
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            convert(word)
+    with pytest.raises(argparse.ArgumentTypeError, match="64 bits" if kind is int else "finite"):
+        number(kind)(str(2**63) if kind is int else "1e309")
 
 
 @scripts
-@many
-@hypothesis.given(draws=st.data())
-def test_wrong_values_exit_with_2_and_name_the_option(script, draws):
-    table = table_of(script)
-    name = draws.draw(st.sampled_from(sorted(name for name in table if wrong_words(table[name]) is not None)))
-    word = draws.draw(wrong_words(table[name]))
-    in_a_file = draws.draw(st.booleans())
-    status, error = (
-        in_yaml(script, yaml.safe_dump({name: word})) if in_a_file else outcome(script, [f"--{name.replace('_', '-')}={word}"])
-    )
-    assert status == 2
-    assert re.search(rf"\b{name}\b", error)
-    assert not in_a_file or "--config options.yaml: --" in error
-
-
-@scripts
-@many
+@hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
 @hypothesis.given(draws=st.data())
 def test_any_command_line_and_any_yaml_file(script, draws):
     option = st.sampled_from(sorted(table_of(script)))

@@ -25,9 +25,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -35,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from models import Dynamics, MemorizingAssociations, Sizes
+from models import MemorizingAssociations
 from models.neurons import LIFNeuron
 from models.operands import refuse_misspelled
 from models.plasticity import HebbianRule
@@ -44,18 +42,8 @@ from utils.errors import UserError, reason, shown
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 DEFAULTS = models.defaults()
-_ABSENT: dict[str, Any] = {
-    "epoch": 0,
-    "sample": 0,
-    "best_acc": 0.0,
-    "optimizer": None,
-    "history": [],
-    "running": {},
-    "parts": "",
-}
 _ONES = "encoding_layer.encoding"  # of the original implementation, not learned
 _FOREIGN = "not a checkpoint of this program or of the original implementation"
-_DAMAGED = "damaged, or not a checkpoint; use another one"
 
 
 # A trained network, for use as a library
@@ -101,8 +89,8 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
             raise ValueError(f"save_model takes a MemorizingAssociations, not {type(model).__name__}")
     dynamics, options = network.dynamics, options or {}
     refuse_misspelled(options, [*DEFAULTS, "sequence_length"])
-    owners = ((network.sizes, Sizes), (dynamics, Dynamics), (dynamics.neuron, LIFNeuron), (dynamics.rule, HebbianRule))
-    own = {field.name: getattr(part, field.name, None) for part, kind in owners for field in fields(kind) if field.metadata}
+    parts = (network.sizes, dynamics, dynamics.neuron, dynamics.rule)
+    own = {name: getattr(part, name) for part in parts for name in DEFAULTS if hasattr(part, name)}
     # Plain numbers: a NumPy number, which is a float, too, is more than a reader of plain values takes.
     own = {name: type(DEFAULTS[name])(value) for name, value in own.items() if isinstance(value, bool | int | float)}
     for name, value in options.items():
@@ -116,10 +104,12 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
 def _described(neuron: Any, rule: Any) -> str:
     """Classes and constants of a neuron and a rule as a text that is the same in every process. None and the published ones,
     whose constants are options, are left out."""
-    parts = {"neuron": neuron, "rule": rule}
-    own = {name: part for name, part in parts.items() if part is not None and type(part) not in (LIFNeuron, HebbianRule)}
-    values = {name: ", ".join(f"{f.name}={_text(getattr(part, f.name))}" for f in fields(part)) for name, part in own.items()}
-    return ", ".join(f"{name} {type(part).__name__}({values[name]})" for name, part in own.items())
+    texts = []
+    for name, part in {"neuron": neuron, "rule": rule}.items():
+        if part is not None and type(part) not in (LIFNeuron, HebbianRule):
+            constants = [f"{field}={_text(getattr(part, field))}" for field in getattr(part, "__dataclass_fields__", ())]
+            texts.append(f"{name} {type(part).__name__}({', '.join(constants)})")
+    return ", ".join(texts)
 
 
 def _text(constant: Any) -> str:
@@ -204,7 +194,6 @@ def load(path: str | Path, *, neuron: Any = None, rule: Any = None) -> dict[str,
         content = _read(path)
         if not isinstance(content, dict) or not {"params", "state_dict"} <= content.keys():
             raise ValueError(_FOREIGN)
-        content = _ABSENT | content
         params, weights = _options(content["params"]), _own_names(content["state_dict"])
         _check_weights(params, weights, path)
         if not (weights.pop(_ONES, torch.ones((), device="cpu")) == 1).all():
@@ -212,13 +201,13 @@ def load(path: str | Path, *, neuron: Any = None, rule: Any = None) -> dict[str,
         checkpoint = {
             "params": params,
             "state_dict": {name: _finite(name, weight) for name, weight in weights.items()},
-            "epoch": _count("epoch", content["epoch"]),
-            "sample": _count("sample", content["sample"]),
-            "best_acc": _number("best_acc", float(content["best_acc"])),
-            "optimizer": _adam(content["optimizer"], weights),
-            "history": [_numbers("history", metrics_line(line)) for line in content["history"]],
-            "running": _today(_numbers("running", content["running"])),
-            "parts": _plain("parts", content["parts"]),
+            "epoch": _count("epoch", content.get("epoch", 0)),
+            "sample": _count("sample", content.get("sample", 0)),
+            "best_acc": _number("best_acc", float(content.get("best_acc", 0.0))),
+            "optimizer": _adam(content.get("optimizer", None), weights),
+            "history": [_numbers("history", metrics_line(line)) for line in content.get("history", ())],
+            "running": _today(_numbers("running", content.get("running", {}))),
+            "parts": _plain("parts", content.get("parts", "")),
         }
         if (saved := checkpoint["parts"]) != (given := _described(neuron, rule)):
             usual = "the published neuron and rule"
@@ -249,8 +238,8 @@ def find(folder: Path, names: tuple[str, ...] = (LAST, BEST), quiet: bool = Fals
         except UserError as failure:
             failures.append(str(failure))
         else:
-            for reason in failures:
-                print(f"warning: {reason}; going back to {path}, of epoch {checkpoint['epoch']}", flush=True)
+            for damage in failures:
+                print(f"warning: {damage}; going back to {path}, of epoch {checkpoint['epoch']}", flush=True)
             return path, checkpoint
     if failures and not quiet:
         raise UserError("; ".join(failures))
@@ -277,7 +266,7 @@ def _read(path: Path) -> Any:
     except Exception as failure:  # there is no telling what a damaged archive or pickle raises
         if isinstance(failure, OSError) and failure.filename:  # it cannot be opened
             raise
-        raise ValueError(_DAMAGED) from failure
+        raise ValueError("damaged, or not a checkpoint; use another one") from failure
 
 
 # What a file holds, checked and in today's form. What is wrong is a ValueError.
@@ -287,7 +276,7 @@ def _plain(name: str, value: Any) -> Any:
     """A number, a word, or a list of them: nests may unfold without an end, as may whole numbers."""
     for one in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(one, bool | int | float | str | None) or (isinstance(one, int) and abs(one) >= 2**63):
-            raise ValueError(f"{short(name)} must be a number of 64 bits, a word, or a list of them")
+            raise ValueError(f"{name}: must be a number of 64 bits, a word, or a list of them")
     return value
 
 
