@@ -43,6 +43,7 @@ LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 DEFAULTS = models.defaults()
 _ONES = "encoding_layer.encoding"  # of the original implementation, not learned
+_MORE = "refused, it holds more than tensors and plain values"
 _FOREIGN = "not a checkpoint of this program or of the original implementation"
 
 
@@ -255,12 +256,14 @@ def _read(path: Path) -> Any:
                     raise ValueError("refused, it is compressed, which torch.save never does")
                 if entry.external_attr & 0x10:  # marked as a folder, it would be read as whatever stands in memory
                     raise ValueError(f"damaged in {entry.filename!r}; use another checkpoint")
+                if entry.filename.endswith(".pkl") and b"bytearray" in archive.read(entry):  # of any size, from a few bytes
+                    raise ValueError(_MORE)
             if damaged := archive.testzip():
                 raise ValueError(f"damaged in {damaged!r}; use another checkpoint")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as failure:
-        raise ValueError("refused, it holds more than tensors and plain values") from failure
+        raise ValueError(_MORE) from failure
     except ValueError:
         raise
     except Exception as failure:  # there is no telling what a damaged archive or pickle raises
@@ -311,7 +314,7 @@ def _today(sums: Mapping[str, float]) -> dict[str, float]:
 def metrics_line(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line of the metrics; v0.3 nested the rates, and counted epochs from 0."""
     if "rates" not in line:
-        return dict(line)
+        return {**line}
     others = {name: value for name, value in line.items() if name != "rates"}
     return others | {"epoch": line["epoch"] + 1} | line["rates"]
 
