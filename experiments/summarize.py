@@ -1,47 +1,54 @@
 """Turn run folders into a table (CSV and Markdown) and figures of accuracy.
 
 python -m experiments.summarize runs/sweep --output_dir runs/sweep/summary
-python -m experiments.summarize runs/sweep --output_dir experiments/results --copy
+python -m experiments.summarize runs/published --output_dir experiments/results --copy published_0.3
 python -m experiments.summarize experiments/results --output_dir experiments/results
 
 Runs are read from their folders, or from where --copy kept them (see utils/results.py). The table states what is not finished.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import data
 import models
 from experiments.sweep import DECISIVE, DEFAULTS
 from utils.errors import in_one_line
 from utils.figures import curves, save
-from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, new_figure, styled
+from utils.figures.style import BLACK, DASHED, GREY, ONE_COLUMN, SERIES, TWO_COLUMNS, heading, new_figure, styled
 from utils.metrics import to_csv
 from utils.results import GROUP, Result, columns, read_results, write_groups
+from utils.run import OPTIONS
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
 # The groups in the figures of accuracy, and their labels; where there are none of them: all groups.
 LINES = {
+    "published": "initial weights before v0.3",
+    "published_0.3": "initial weights since v0.3",
+    "published_0.3_short": "initial weights since v0.3",
     "recipe_tuned": "recipe, rule tuned",
     "recipe": "recipe",
-    "published": "published options, 30 to 250 epochs",
     "ood_recipe_tuned": "recipe, rule tuned",
     "ood_recipe": "recipe",
-    "ood_curriculum": "published options, curriculum, 12 epochs",
-    "ood_published": "published options, 15 epochs",
+    "ood_curriculum": "curriculum, 12 epochs",
+    "ood_published": "published, 15 epochs",
 }
 # What a run may differ in without being trained in another way, and what is put in other words.
 _NOT_SHOWN = ("sequence_length", "num_classes", "seed", "epochs", "start_epoch", "curriculum_start", "curriculum_step")
 NOTE = (
-    "Mean ± standard deviation over the seeds. Validation: the best epoch. Test: published test set, the network of that "
-    "epoch. Learned: validation accuracy over halfway from guessing one of the labels shown to 100 %. Silent: the reading "
-    f"values fire at less than {models.SILENT_BELOW} Hz in the last epoch. Minutes: training and validation, mean over the "
-    "seeds, on shared machines of different speed; the first runs did not record them. Each run: table.csv."
+    "Mean ± standard deviation over the seeds that learned (where none did, over all). Validation: the best epoch. Test: "
+    "published test set, the network of that epoch. Learned: validation accuracy over halfway from guessing one of the labels "
+    f"shown to 100 %. Silent: the reading values fire at less than {models.SILENT_BELOW} Hz in the last epoch. Minutes: training "
+    "and validation, mean over the seeds, on shared machines of different speed; the first runs did not record them. Each run: "
+    "table.csv."
 )
 
 
@@ -50,12 +57,14 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", type=Path, metavar="FOLDER", help="folder with runs, at any depth")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="where to write table and figures")
-    parser.add_argument("--copy", action="store_true", help=f"keep the runs themselves there, too, compactly: see {GROUP}")
+    words = f"keep the runs that are tested there, too (see {GROUP}), as this group, and summarize all that are kept"
+    parser.add_argument("--copy", metavar="GROUP", nargs="?", const="", help=words)
     args = parser.parse_args(argv)
     results = read_results(args.runs)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if args.copy:
-        write_groups(results, args.output_dir)
+    if args.copy is not None:
+        keep([with_commands(result, args.runs) for result in results if result.tests], args.output_dir, args.copy)
+        results = read_results(args.output_dir)
     rows = [summary(result) for result in results]
     (args.output_dir / "table.csv").write_text(to_csv(rows), encoding="utf-8")
     (args.output_dir / "table.md").write_text(to_markdown(rows), encoding="utf-8")
@@ -63,6 +72,24 @@ def main(argv=None) -> int:
         save(figure, args.output_dir / f"{name}.png")
     print(to_markdown(rows), end="")
     return 0
+
+
+def keep(results: list[Result], folder: Path, group: str) -> None:
+    """Add runs to those that a folder keeps. A run that it keeps with as many epochs stays as it is."""
+    kept = {result.name: result for result in read_results(folder)} if any(folder.rglob(GROUP)) else {}
+    for result in results:
+        name = f"{group}/{result.name}" if group else result.name
+        if name not in kept or len(kept[name].metrics) < len(result.metrics):
+            kept[name] = result._replace(name=name)
+    write_groups(kept.values(), folder)
+
+
+def with_commands(result: Result, root: Path) -> Result:
+    """A run that no sweep started has its commands, and their commits, in the head of its options."""
+    path = root / result.name / OPTIONS
+    head = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = [": ".join(words) for words in re.findall(r"^# .* commit (\w+).*\n#   (.*)", head, re.MULTILINE)]
+    return result if result.commands else result._replace(commands=found)
 
 
 # The table
@@ -75,6 +102,7 @@ def summary(result: Result) -> dict[str, Any]:
     best = int(np.argmax(validation)) if metrics else None
     threshold = (100 / options["sequence_length"] + 100) / 2  # halfway from guessing one of the labels shown to 100 %
     learned = next((epoch for epoch, accuracy in enumerate(validation, start=1) if accuracy > threshold), None)
+    seconds = sum(line.get("seconds", 0) for line in metrics)
     return {
         "run": result.name,
         "sequence_length": options["sequence_length"],
@@ -89,7 +117,9 @@ def summary(result: Result) -> dict[str, Any]:
         "best_validation_accuracy": validation[best] if metrics else None,
         "best_epoch": best + 1 if metrics else None,
         "test_accuracy": accuracy_at(result, options["sequence_length"]),
-        "minutes": round(sum(line.get("seconds", 0) for line in metrics) / 60, 1) or None,
+        "minutes": round(seconds / 60, 1) or None,
+        "seconds": round(seconds) or None,
+        "updates": sum(-(-data.TRAINING_SAMPLES // line.get("batch_size", options["batch_size"])) for line in metrics),
     } | {f"{name}_rate": round(metrics[-1][name], 2) if metrics and name in metrics[-1] else None for name in SHOWN_RATES}
 
 
@@ -131,11 +161,14 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         outcomes = [row["outcome"] for row in seeds]
         learned = f"{outcomes.count('learned')} of {len(seeds)}"
         learned += f", {outcomes.count('silent')} silent" * ("silent" in outcomes)
-        tests = [row["test_accuracy"] for row in seeds]
-        each = ", ".join("not tested" if test is None else f"{test:.2f}" for test in tests)
+        each = ", ".join("not tested" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2f}" for row in seeds)
         minutes = [row["minutes"] for row in seeds if row["minutes"]]
         cells = group, length, classes, training, epochs, ", ".join(str(row["seed"]) for row in seeds), learned
-        cells += mean_and_deviation([row["best_validation_accuracy"] for row in seeds]), mean_and_deviation(tests), each
+        like = [row for row in seeds if row["outcome"] == "learned"] or seeds  # one mean of two kinds would be of neither
+        cells += tuple(
+            mean_and_deviation([row[name] for row in like]) for name in ("best_validation_accuracy", "test_accuracy")
+        )
+        cells += (each,)
         cells += (f"{np.mean(minutes):.0f}" if minutes else "",)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", NOTE]) + "\n"
@@ -153,15 +186,17 @@ def mean_and_deviation(values: list[float | None]) -> str:
 
 def figures(results: list[Result], rows: list[dict[str, Any]]):
     """Names and figures, those for which there are runs."""
-    full = [row for row in rows if row["sequence_length"] == row["num_classes"] > 1 and row["epochs"]]
+    full = [row for row in rows if row["sequence_length"] == row["num_classes"] > 1 and row["test_accuracy"] is not None]
     if full:
         yield "accuracy_against_length", accuracy_against_length(full)
     # Out of distribution: with as many classes as pairs, longer sequences than those trained on do not exist.
+    outcomes = {row["run"]: row["outcome"] for row in rows}
     apart = [r for r in results if len(r.tests) > 1 and r.options["num_classes"] > r.options["sequence_length"]]
     if apart:
         labels = line_labels(result.name.rpartition("/")[0] for result in apart)
         runs = [(run, label) for group, label in labels.items() for run in apart if run.name.rpartition("/")[0] == group]
         named = [(label or way_of_training(run.options), run) for run, label in runs]  # a run may be without a group
+        named = [(label + ", silent" * (outcomes[run.name] == "silent"), run) for label, run in named]
         drawn = [curves.Curves(n, columns(r.tests), r.options["num_classes"], r.options["sequence_length"]) for n, r in named]
         yield "accuracy_by_tested_length", curves.accuracy_by_length(drawn)
 
@@ -174,29 +209,69 @@ def line_labels(groups: Iterable[str]) -> dict[str, str]:
 
 @styled
 def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
-    """Test accuracy by length, a line for each group of LINES (where there are none of them: for each group): the mean over the
-    seeds, and every seed a point (hollow: unfinished)."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["test_accuracy"] is not None:
-            groups.setdefault(row["run"].rpartition("/")[0], []).append(row)
-    labels = line_labels(groups)
-    figure = new_figure(ONE_COLUMN, 70)
-    ax = figure.subplots()
-    for (group, label), colour in zip(labels.items(), SERIES * len(labels), strict=False):
-        points = [(row["sequence_length"], row["test_accuracy"], row["state"] == "finished") for row in groups[group]]
-        lengths = sorted({length for length, *_ in points})
-        means = [np.mean([accuracy for length, accuracy, _ in points if length == n]) for n in lengths]
-        ax.plot(lengths, means, color=colour, label=label)
-        for finished, look in ((True, {"color": colour}), (False, {"mec": colour, "mfc": "none"})):
-            chosen = [(length, accuracy) for length, accuracy, state in points if state == finished]
-            ax.plot(*np.array(chosen).reshape(-1, 2).T, "o", ms=2.5, mew=0.5, **look)
-    longest = max(row["sequence_length"] for row in rows)
-    dense = np.linspace(2, max(longest, 3), 100)
-    ax.plot(dense, 100 / dense, color=GREY, lw=0.6, ls=DASHED, label="chance: one of the labels shown")
-    ax.set(xlabel="Sequence length (pairs)", ylabel="Accuracy on the test set (%)", ylim=(0, 103), xlim=(0, longest + 1))
-    figure.legend(loc="outside lower left", ncols=2)
+    """Test accuracy by length: one panel of the published options, and one of other trainings, where there are any."""
+    published = [row for row in rows if row["training"] == "published options"]
+    others = [row for row in rows if row["training"] != "published options"]
+    panels = [("Published options", published, draw_seeds), ("Other trainings", others, draw_means)]
+    panels = [panel for panel in panels if panel[1]]
+    figure = new_figure(TWO_COLUMNS if len(panels) > 1 else ONE_COLUMN, 82)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    longest = max(3, *(row["sequence_length"] for row in rows))
+    for ax, letter, (title, found, draw) in zip(axes, "ab", panels, strict=True):
+        draw(ax, by_budget(found))
+        lengths = np.linspace(2, longest, 100)
+        ax.plot(lengths, 100 / lengths, color=GREY, lw=0.6, ls=DASHED, label="chance: one of the labels shown")
+        if len(panels) > 1:
+            heading(ax, letter, title)
+        ax.set(xlabel="Sequence length (pairs)", ylabel="Accuracy on the test set (%)", ylim=(0, 103), xlim=(0, longest + 2))
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
     return figure
+
+
+def by_budget(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Label and number of epochs -> rows, those of LINES."""
+    labels, found = line_labels(row["run"].rpartition("/")[0] for row in rows), {}
+    for group, label in labels.items():
+        for row in rows:
+            if row["run"].rpartition("/")[0] == group:
+                found.setdefault((label, row["of_epochs"]), []).append(row)
+    return found
+
+
+def draw_seeds(ax: Axes, lines: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
+    """A point for each seed: hollow where others had more epochs."""
+    labels, most = list(dict.fromkeys(label for label, _ in lines)), max(epochs for _, epochs in lines)
+    for (label, epochs), rows in lines.items():
+        place = labels.index(label)
+        # The labels stand beside each other, since points of equal length would hide each other.
+        draw_points(ax, rows, SERIES[place % len(SERIES)], filled=epochs == most, aside=0.7 * place - 0.35)
+        ax.lines[-2].set_label(f"{label}, {epochs} epochs")
+    explain_crosses(ax, lines)
+
+
+def draw_means(ax: Axes, lines: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
+    """A line through the means of the seeds that learned, and a point for each seed."""
+    for ((label, epochs), rows), colour in zip(lines.items(), SERIES * len(lines), strict=False):
+        draw_points(ax, rows, colour)
+        learned = [row for row in rows if row["outcome"] == "learned"]
+        lengths = sorted({row["sequence_length"] for row in learned})
+        means = [np.mean([row["test_accuracy"] for row in learned if row["sequence_length"] == n]) for n in lengths]
+        ax.plot(lengths, means, color=colour, label=f"{label}, {epochs} epochs")
+    explain_crosses(ax, lines)
+
+
+def draw_points(ax: Axes, rows: list[dict[str, Any]], colour: str, filled: bool = True, aside: float = 0.0) -> None:
+    """Seeds that learned as circles, the others as crosses."""
+    learned = {"marker": "o", "ms": 3, "mew": 0.6, "mfc": colour if filled else "none"}
+    for look, wanted in ((learned, True), ({"marker": "x", "ms": 4, "mew": 1}, False)):
+        found = [row for row in rows if (row["outcome"] == "learned") == wanted]
+        lengths = [row["sequence_length"] + aside for row in found]
+        ax.plot(lengths, [row["test_accuracy"] for row in found], ls="", color=colour, **look)
+
+
+def explain_crosses(ax: Axes, lines: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
+    if any(row["outcome"] != "learned" for rows in lines.values() for row in rows):
+        ax.plot([], [], color=BLACK, marker="x", ls="", ms=4, mew=1, label="silent, or at chance")
 
 
 if __name__ == "__main__":
