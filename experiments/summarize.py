@@ -46,9 +46,9 @@ _NOT_SHOWN = ("sequence_length", "num_classes", "seed", "epochs", "start_epoch",
 NOTE = (
     "Mean ± standard deviation over the seeds that learned (where none did, over all). Validation: the best epoch. Test: "
     "published test set, the network of that epoch. Learned: validation accuracy over halfway from guessing one of the labels "
-    f"shown to 100 %. Silent: the reading values fire at less than {models.SILENT_BELOW} Hz in the last epoch. Minutes: training "
-    "and validation, mean over the seeds, on shared machines of different speed; the first runs did not record them. Each run: "
-    "table.csv."
+    f"shown to 100 %. Silent: the reading values fire at less than {models.SILENT_BELOW} Hz in the last epoch. "
+    "Minutes: training and validation, mean over the seeds, on shared machines of different speed; the first runs did not "
+    "record them. Each run: table.csv."
 )
 
 
@@ -165,10 +165,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         minutes = [row["minutes"] for row in seeds if row["minutes"]]
         cells = group, length, classes, training, epochs, ", ".join(str(row["seed"]) for row in seeds), learned
         like = [row for row in seeds if row["outcome"] == "learned"] or seeds  # one mean of two kinds would be of neither
-        cells += tuple(
-            mean_and_deviation([row[name] for row in like]) for name in ("best_validation_accuracy", "test_accuracy")
-        )
-        cells += (each,)
+        validation, test = ([row[name] for row in like] for name in ("best_validation_accuracy", "test_accuracy"))
+        cells += mean_and_deviation(validation), mean_and_deviation(test), each
         cells += (f"{np.mean(minutes):.0f}" if minutes else "",)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", NOTE]) + "\n"
@@ -217,7 +215,7 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
     figure = new_figure(TWO_COLUMNS if len(panels) > 1 else ONE_COLUMN, 82)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     longest = max(3, *(row["sequence_length"] for row in rows))
-    for ax, letter, (title, found, draw) in zip(axes, "ab", panels, strict=True):
+    for ax, letter, (title, found, draw) in zip(axes, "ab", panels, strict=False):
         draw(ax, by_budget(found))
         lengths = np.linspace(2, longest, 100)
         ax.plot(lengths, 100 / lengths, color=GREY, lw=0.6, ls=DASHED, label="chance: one of the labels shown")

@@ -233,18 +233,49 @@ def test_the_table_is_that_of_the_raw_metrics():
     assert (RESULTS / "table.md").read_text(encoding="utf-8") == summarize.to_markdown(rows)
 
 
-def test_the_figures_of_accuracy_have_a_line_for_each_recipe_and_the_published_options():
-    results = [result for result in runs.read_results(RESULTS) if result.name.split("/")[0] in summarize.LINES]
+def test_the_figures_of_accuracy_tell_budgets_and_silent_seeds_apart():
+    results = runs.read_results(RESULTS)
     rows = [summarize.summary(result) for result in results]
     drawn = dict(summarize.figures(results, rows))
-    against, by_tested = drawn["accuracy_against_length"].axes[0], drawn["accuracy_by_tested_length"]
-    lines = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in against.lines if line.get_label()[0] != "_"}
+    published, others = drawn["accuracy_against_length"].axes
+    points = {line.get_label(): line.get_ydata() for line in published.lines}
+    for epochs in (30, 250):
+        mine = [r for r in rows if r["run"].startswith("published/") and r["of_epochs"] == epochs and r["num_classes"] > 1]
+        learned = [row["test_accuracy"] for row in mine if row["outcome"] == "learned"]
+        assert sorted(points[f"initial weights before v0.3, {epochs} epochs"]) == sorted(learned)
+    crosses = [value for line in published.lines if line.get_marker() == "x" for value in line.get_ydata()]
+    wanted = [r for r in rows if r["training"] == "published options" and 1 < r["num_classes"] == r["sequence_length"]]
+    assert sorted(crosses) == sorted(row["test_accuracy"] for row in wanted if row["outcome"] != "learned")
+    mean = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in others.lines}["recipe, 40 epochs"]
     mine = [row["test_accuracy"] for row in rows if row["run"].startswith("recipe/") and row["sequence_length"] == 10]
-    assert lines.keys() == {*list(summarize.LINES.values())[:3], "chance: one of the labels shown"}
-    assert len(mine) >= 3 and lines["recipe"][10] == pytest.approx(sum(mine) / len(mine))
-    legend = [text.get_text() for text in by_tested.legends[0].texts]
-    assert [text.split(" (")[0] for text in legend[:4]] == list(summarize.LINES.values())[3:]
+    assert len(mine) >= 3 and mean[10] == pytest.approx(sum(mine) / len(mine))
+    legend = [text.get_text().split(" (")[0] for text in drawn["accuracy_by_tested_length"].legends[0].texts]
+    assert legend[:2] == ["recipe, rule tuned", "recipe"] and "published, 15 epochs, silent" in legend
     assert summarize.line_labels(["b", "a", "b"]) == {"b": "b", "a": "a"}
+
+
+def test_copied_runs_join_those_that_are_kept(tmp_path, capsys):
+    """A run that is not tested yet stays out; one that is kept gives way to more epochs alone."""
+    for seed, epochs in (("1", 2), ("2", 1), ("3", 1)):
+        folder = tmp_path / "runs" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        head = "# started today in epoch 1; host a, commit f6e3168d6d, Python 3\n#   python task.py --seed 1\n"
+        (folder / "options.yaml").write_text(head + yaml.safe_dump(sweep.DEFAULTS | {"seed": int(seed)}))
+        metrics = [json.dumps({"epoch": epoch + 1, "validation_accuracy": 50.0}) + "\n" for epoch in range(epochs)]
+        (folder / "metrics.jsonl").write_text("".join(metrics))
+        if seed != "3":
+            (folder / "accuracy_by_length.csv").write_text("sequence_length,accuracy\n10,50.0\n")
+    kept = tmp_path / "kept"
+    first, second, _ = runs.read_results(tmp_path / "runs")
+    runs.write_groups(
+        [first._replace(name="old/seed1", metrics=first.metrics[:1]), second._replace(name="old/seed2", commands=["by hand"])],
+        kept,
+    )
+    assert summarize.main([str(tmp_path / "runs"), "--output_dir", str(kept), "--copy", "old"]) == 0
+    (one, two) = runs.read_results(kept)
+    assert (one.name, len(one.metrics), one.commands) == ("old/seed1", 2, ["f6e3168d6d: python task.py --seed 1"])
+    assert (two.name, two.commands) == ("old/seed2", ["by hand"])
+    assert [row["run"] for row in csv.DictReader((kept / "table.csv").read_text().splitlines())] == ["old/seed1", "old/seed2"]
 
 
 def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_length():

@@ -1,0 +1,180 @@
+"""The numbers in the READMEs are those of the runs that are kept."""
+
+import re
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from experiments import readme
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+FRONT, PAGE = ROOT / "README.md", ROOT / "experiments" / "README.md"
+# What nothing that is kept can give: the cost of runs to do, and numbers of the rule by which a run is silent.
+GIVEN = ["0.9 core-hours a seed", "three seeds: 2.7", "30 pairs, one seed: 3.3", "fire below 0.01 Hz"]
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return readme.Kept(ROOT / "experiments")
+
+
+@pytest.mark.parametrize("path", readme.FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_comes_from_the_runs_is_up_to_date(path, kept):
+    text = path.read_text(encoding="utf-8")
+    assert readme.fill(text, kept) == text, "python -m experiments.readme writes it anew"
+
+
+def test_all_that_is_made_is_shown_and_an_unknown_name_is_refused(kept):
+    names = {name for path in readme.FILES for name in readme.BLOCK.findall(path.read_text(encoding="utf-8"))}
+    assert names == set(readme.FROM_RUNS)
+    with pytest.raises(UserError, match="no 'resluts'"):
+        readme.fill("<!-- resluts --><!-- end -->", kept)
+
+
+def test_every_number_of_the_text_is_computed_from_the_runs(kept):
+    """Each phrase is there, and beside them no other decimal number, percentage or number of points."""
+    for path, phrases in {
+        FRONT: front_page(kept),
+        PAGE: [*GIVEN, *of_seeds(kept), *of_training(kept), *of_recall(kept)],
+    }.items():
+        text = written_by_hand(path)
+        for phrase in phrases:
+            assert phrase in text, f"{path}: {phrase}"
+        for phrase in phrases:
+            text = text.replace(phrase, "")
+        assert re.findall(r"[^.]{0,30}\d\.\d[^.]{0,30}|.{0,30}\d (?:%|points|Hz|core)", text) == [], path
+
+
+def written_by_hand(path: Path) -> str:
+    """The results on a page in one line, without what comes from the runs, commands, options and addresses."""
+    text = path.read_text(encoding="utf-8")
+    if path == FRONT:
+        text = text.partition("## Results\n")[2].partition("\n## ")[0]
+    for left_out in (readme.BLOCK, r"(?s)```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"v0\.3"):
+        text = re.sub(left_out, "", text)
+    return " ".join(text.replace("*", "").split())
+
+
+def run_of(kept, name):
+    return next((run, row) for run, row in kept.both(*kept.runs) if row["run"] == name)
+
+
+def accuracy_of(kept, name) -> float:
+    return run_of(kept, name)[1]["test_accuracy"]
+
+
+def rows_of(kept, table, network, key, column) -> dict[str, float]:
+    return {row[key]: float(row[column]) for row in kept.of_network(table, network)}
+
+
+def searched(group: str) -> list[dict[str, str]]:
+    rows = readme.read_csv(ROOT / "experiments" / "search.csv")
+    return [row for row in rows if re.fullmatch(group, row["group"])]
+
+
+def accuracies_at(kept, group, length) -> list[float]:
+    return [readme.accuracy_at(run, length) for run in kept.runs[group]]
+
+
+def front_page(kept) -> list[str]:
+    recipe, control = (mean(kept.tests(group, 30)) for group in ("recipe", "first_recipe"))
+    without = {n: rows_of(kept, "depression", name, "gamma_neg", "accuracy") for n, name in NETWORKS.items()}
+    named = {row["group"]: row["30 pairs"].split()[0] for row in kept.networks}
+    return [
+        f"({recipe:.2f} and {control:.2f} %, three seeds each)",
+        f"55 pairs has {without[55]['0.0']:.2f} % in place of {without[55]['0.3']:.2f}",
+        f"the one trained with 5 has {without[5]['0.0']:.2f} in place of {without[5]['0.3']:.2f}",
+        f"the recipe has {mean(accuracies_at(kept, 'ood_recipe', 30)):.1f} % at 30 pairs",
+        f"with the tuned rule {mean(accuracies_at(kept, 'ood_recipe_tuned', 30)):.1f} (3 seeds each)",
+        f"a sum of outer products has {named['linear_attention']} % there, the delta rule {named['delta_rule']}",
+        f"H-Mem {named['h_mem']}, an LSTM {named['lstm']} (5 seeds each)",
+    ]
+
+
+NETWORKS = {5: "recipe-sequence_length5-seed2", 30: "recipe-sequence_length30-seed3", 55: "recipe-sequence_length55-seed1"}
+
+
+def of_seeds(kept) -> list[str]:
+    """Sections 1 to 3."""
+    losses = [run_of(kept, f"{group}/sequence_length10-seed3")[0].metrics[0]["train_loss"] for group in readme.PUBLISHED]
+    assert run_of(kept, "published_0.3/sequence_length10-seed3")[0].metrics[-1]["write_key"] < 0.01
+    unregularized = [float(row["best_validation_accuracy"]) for row in searched("published_unregularized")]
+    runs = [run_of(kept, f"published/sequence_length10-seed{seed}")[0] for seed in (7, 9, 10)]
+    regularized = [max(line["validation_accuracy"] for line in run.metrics[:20]) for run in runs]
+    curriculum = kept.both("curriculum")
+    assert not any(readme.silent_epochs(run) for run, _ in curriculum)
+    by = [max(row["learned_in_epoch"] for _, row in curriculum if row["sequence_length"] == n) for n in (5, 10, 20, 30, 40, 55)]
+    return [
+        f"begins with a loss of {losses[0]:.2f} before and {losses[1]:.2f} since",
+        f"accuracy of 98 % has a standard error of {readme.error_of_share(98, readme.TESTED):.1f}",
+        "at below 0.01 Hz, too, in epoch 250",
+        f"With a length curriculum no seed falls silent | 3 | {len(curriculum)} |",
+        f"have at most {max(unregularized)} % in validation in 20 epochs, with it {min(regularized)} to {max(regularized)} %",
+        f"The {len(curriculum)} runs are past halfway from guessing to 100 % by epoch {by[0]} at 5 pairs, {by[1]} at 10,"
+        f" {by[2]} at 20, {by[3]} at 30, {by[4]} at 40 and {by[5]} at 55",
+        "6 % of the published 250",  # 15 epochs
+    ]
+
+
+def of_training(kept) -> list[str]:
+    """Section 4."""
+    recipe, control = (mean(kept.tests(group, 30)) for group in ("recipe", "first_recipe"))
+    spikes = [
+        mean(readme.spikes(run) for run, row in kept.both(group) if row["sequence_length"] == 30)
+        for group in ("recipe", "first_recipe")
+    ]
+    assert 0.45 < spikes[0] / spikes[1] < 0.55 and 5.5 < recipe - control < 6.5, "half the spikes and six points more"
+    rule = {row["options"].partition(" --batch")[0]: row["best_validation_accuracy"] for row in searched("rule10")}
+    longer, usual = (
+        [accuracy_of(kept, f"{group}/sequence_length10-seed{n}") for n in (1, 2)] for group in ("recipe_longer", "recipe")
+    )
+    from_one = [row["silent"] for row in searched("search_from_one_pair.*")]
+    assert (len(rule), from_one.count("1"), len(from_one)) == (6, 3, 8)
+    parts = {row["run"].split("seed1-")[-1]: row["test_accuracy"] for row in kept.rows["parts10"]}
+    worst = [parts.pop(name) for name in ("num_time_steps50", "tau_trace80", "memory_size50")]
+    unchanged = kept.tests("first_recipe", 10)
+    assert len(parts) == 9 and min(parts.values()) > max(worst)
+    return [
+        f"{spikes[0]:,.0f} spikes a sample in place of {spikes[1]:,.0f}, {recipe:.2f} % in place of {control:.2f}",
+        f"had more in validation ({rule['--gamma_neg 0.02']} against {rule['--gamma_pos 0.1 --gamma_neg 0.02']})",
+        f"accuracy is {accuracy_of(kept, 'parts30/sequence_length30-seed1-gamma_pos0.1-gamma_neg0'):.2f}, with the tuned rule"
+        f" {accuracy_of(kept, 'recipe_tuned/sequence_length30-seed1'):.2f}: none",
+        f"{longer[0]:.2f} and {longer[1]:.2f} in place of {usual[0]:.2f} and {usual[1]:.2f}: two seeds",
+        f"{readme.several(kept.tests('recipe_from_one_pair', 2), 2).removesuffix(' (3)')} % in three seeds",
+        f"the first recipe has {accuracy_of(kept, 'first_recipe/sequence_length2-seed1'):.2f}",
+        f"one seed each; unchanged: {unchanged[0]:.2f}) three cost more than seeds differ",
+        f"inputs held 50 ms ({worst[0]:.2f}), traces of 80 ms ({worst[1]:.2f}), 50 neurons in the memory ({worst[2]:.2f})",
+    ]
+
+
+def of_recall(kept) -> list[str]:
+    """Sections 5 to 8."""
+    counts = [int(row["errors"]) for row in kept.analysis["errors"] if int(row["sequence_length"]) > 2]
+    (apart,) = kept.of_network("errors", "ood_recipe-seed3")
+    assert float(apart["label_not_shown"]) == 0
+    without = {n: rows_of(kept, "depression", name, "gamma_neg", "accuracy") for n, name in NETWORKS.items()}
+    lost = {n: {strength: round(20 * (100 - accuracy)) for strength, accuracy in of.items()} for n, of in without.items()}
+    first, second = (rows_of(kept, "depression", NETWORKS[55], "gamma_neg", half) for half in ("first_half", "second_half"))
+    noise = {name: rows_of(kept, "noise", name, "deviation", "accuracy") for name in kept.networks_in("noise")}
+    costs = {name: of["0.0"] - of["0.1"] for name, of in noise.items()}
+    long = [cost for name, cost in costs.items() if int(re.split("[ ,]", readme.in_words(name))[0]) >= 20]
+    nearest = min(float(row["nearest"]) for row in kept.analysis["noise"] if row["deviation"] == "0.1")
+    both = (accuracies_at(kept, group, 30) for group in ("ood_hebbian_snn", "ood_hebbian_snn_without_feedback"))
+    feedback = [without_it - with_it for with_it, without_it in zip(*both, strict=True)]
+    assert len(feedback) == 5 and min(feedback) > 0
+    two = costs["recipe_from_one_pair-sequence_length2-seed1"]
+    return [
+        f"one network each, {min(counts)} to {max(counts)} errors",
+        f"none of {apart['errors']} errors names one of these",
+        f"rises from {first['0.3']:.1f} to {first['0.0']:.1f}, the second",
+        f"falls from {second['0.3']:.1f} to {second['0.0']:.1f}",
+        f"55 pairs have {lost[55]['0.0']} in place of {lost[55]['0.3']}",
+        f"30 have {lost[30]['0.0']} in place of {lost[30]['0.3']}",
+        f"the nearest in {nearest} % of the samples or more, and costs {two:.2f} points at 2 pairs",
+        f"{min(long):.2f} to {max(long):.2f} from 20 pairs on",
+        f"trained with 30 ({mean(kept.tests('recipe', 30)):.2f})",
+        f"a search of {len(searched('(rule|schedule|search|recipe_l2).*'))} runs",
+        f"{mean(feedback):.2f} points in the mean",
+    ]
