@@ -247,6 +247,17 @@ def published(kept: Kept) -> list[list]:
     return rows
 
 
+def two_pairs(kept: Kept) -> list[list]:
+    """The published options at 2 pairs: how many answers are ties, and what they are worth if a tie counts by half."""
+    rows = [["epochs", "seed", "loss at the end", "validation % at the end", "test %", "ties %", "test %, ties shared"]]
+    for run, row in kept.both(*PUBLISHED, *SHORT):
+        if row["sequence_length"] == row["num_classes"] == 2 and "ties" in run.tests[0]:
+            last, (test,) = run.metrics[-1], run.tests
+            rows.append([row["epochs"], row["seed"], f"{last['validation_loss']:.2f}", f"{last['validation_accuracy']:.1f}"])
+            rows[-1] += [tested(row), *(f"{float(test[column]):.1f}" for column in ("ties", "accuracy_ties_shared"))]
+    return rows
+
+
 def budgets(kept: Kept) -> list[list]:
     """Updates and samples of every protocol."""
     rows = [["training", "groups of runs", "samples an update", "epochs", "updates", "thousand samples"]]
@@ -391,7 +402,21 @@ def pretrained(kept: Kept) -> list[list]:
     return rows
 
 
-_TABLES = (results, published, budgets, recipes, regularization, errors, depression, pause, longer, networks, costs, pretrained)
+_TABLES = (
+    results,
+    published,
+    two_pairs,
+    budgets,
+    recipes,
+    regularization,
+    errors,
+    depression,
+    pause,
+    longer,
+    networks,
+    costs,
+    pretrained,
+)
 FROM_RUNS = {made.__name__: made for made in (*_TABLES, waking, to_their_end, hours)}
 
 
