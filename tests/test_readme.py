@@ -1,5 +1,6 @@
 """The numbers in the READMEs are those of the runs that are kept."""
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from experiments import readme
 from utils.errors import UserError
+from utils.results import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 FRONT, PAGE = ROOT / "README.md", ROOT / "experiments" / "README.md"
@@ -62,6 +64,40 @@ def written_by_hand(path: Path) -> str:
     for left_out in (readme.BLOCK, r"(?s)```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"v0\.3"):
         text = re.sub(left_out, "", text)
     return " ".join(text.replace("*", "").split())
+
+
+def test_numbers_become_words():
+    assert (readme.several([]), readme.several([92.35]), readme.several([1.0, 2.0, 3.0])) == ("", "92.35 (1)", "2.0 ± 1.0 (3)")
+    assert readme.difference([1.0, 2.0, 3.0], [2.0, 2.5, 3.0]) == "none"  # 0.5, of an error of 0.645
+    assert (
+        readme.difference([1.0, 2.0, 3.0], [5.0, 5.0]) == "+3.00 ± 0.58" and readme.difference([1.0], [2.0, 3.0]) == "one seed"
+    )
+    assert (readme.span([9, 1400, 20]), readme.span({7}), readme.listed([1, 2, 3]), readme.listed([1, 3])) == (
+        "9 to 1,400",
+        "7",
+        "1 to 3",
+        "1, 3",
+    )
+    assert readme.error_of_share(90, 100) == pytest.approx(3)
+
+
+def test_silence_spikes_and_later_pairs_are_counted_as_by_hand(kept):
+    rates = dict.fromkeys([*readme.STORING, *readme.RECALLING], 10.0)
+    quiet = [{"epoch": epoch, "read_value": rate} for epoch, rate in ((1, 5.0), (2, 0.0099), (3, 0.01), (4, 0.0))]
+    run = Result("a/b", {"sequence_length": 3}, [], [*quiet, rates], [])
+    # 3 pairs of 0.1 s with 360 neurons, and a recall of 0.1 s with 280, all at 10 Hz.
+    assert readme.spikes(run) == pytest.approx(3 * 360 + 280)
+    assert readme.silent_epochs(run._replace(metrics=quiet)) == [2, 4]
+    kept = copy.copy(kept)
+    places = [
+        ("1", "10", "70.0"),
+        ("2", "10", "90.0"),
+        ("3", "10", "100.0"),
+    ]  # 3 errors with 2 of 2 others later, 1 with 1 of 2
+    kept.analysis = {
+        "position": [dict(zip(("network", "position", "samples", "accuracy"), ("n", *p), strict=True)) for p in places]
+    }
+    assert readme.later_by_chance(kept, "n") == pytest.approx((3 * 100 + 50) / 4)
 
 
 def run_of(kept, name):
