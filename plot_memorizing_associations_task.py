@@ -3,6 +3,7 @@
 
 python plot_memorizing_associations_task.py --checkpoint_path runs/quickstart/model_best.pth.tar
 python plot_memorizing_associations_task.py --metrics runs/*/metrics.jsonl --output training.pdf
+python plot_memorizing_associations_task.py --metrics runs/sweep --against gamma_neg
 """
 
 import argparse
@@ -16,20 +17,19 @@ os.environ.pop("MPLBACKEND", None)  # a notebook's names a module that need not 
 import numpy as np
 
 import data
+import memorizing_associations_task as task
 import models
 from memorizing_associations_task import add_model_options, check_lengths, model_of, note_on_data, options_of_run
 from utils import checkpoints, results
 from utils.errors import UsageError, UserError, in_one_line
 from utils.figures import activity, animation, curves, files
-from utils.options import REMOVED, SWITCH, Parser, constants_of_objects, number, optional, path
+from utils.options import SWITCH, Parser, constants_of_objects, number, optional, path
 
 # Figure -> the option that names what it is drawn from. The animation takes its time: it is drawn when asked for by name.
 SOURCE = dict.fromkeys(("overview", "memory", "membranes", "animation"), "checkpoint_path")
-SOURCE |= {"training": "metrics", "lengths": "csv"}
-
-# Columns that training curves need, and options that tell no runs apart in a legend: how long, where, and which repetition.
-METRICS = "epoch learning_rate train_loss train_accuracy validation_loss validation_accuracy".split()
-UNNAMED = "seed dataset_seed epochs start_epoch workers prefetch_factor device backend print_freq logging".split()
+SOURCE |= {"training": "metrics", "option": "against", "lengths": "csv"}
+METRICS = "epoch learning_rate train_loss train_accuracy validation_loss validation_accuracy".split()  # columns that are needed
+TESTS = ["sequence_length", "accuracy"]
 
 
 def add_options(parser: Parser) -> list[str]:
@@ -44,6 +44,7 @@ def add_options(parser: Parser) -> list[str]:
     add("--neurons", type=number(int, 0), nargs=2, metavar=("FIRST", "LAST"), help="draw these neurons only")
     add("--time_range", type=number(float, 0), nargs=2, metavar=("START", "END"), help="draw this time only, ms")
     add("--metrics", type=path, nargs="+", default=(), metavar="PATH", help="training curves of these files or folders of runs")
+    add("--against", type=path, default="", metavar="OPTION", help="best validation accuracy of --metrics against this option")
     add("--csv", type=path, nargs="+", default=(), metavar="PATH", help="accuracy against length: tables or folders of runs")
     add("--figure", choices=("all", *SOURCE), default="all", help="which one; all: all but the animation")
 
@@ -66,12 +67,14 @@ def main(argv=None) -> None:
     possible = [name for name, source in SOURCE.items() if any(getattr(args, source))]
     if not possible:
         raise UsageError("nothing to draw: give --checkpoint_path, --metrics or --csv")
+    if args.against and not args.metrics:
+        raise UsageError(f"--against {args.against} needs --metrics, the folder of a sweep")
     if args.figure not in ("all", *possible):
         raise UsageError(f"--figure {args.figure} needs --{SOURCE[args.figure]}")
     chosen = [name for name in possible if name != "animation"] if args.figure == "all" else [args.figure]
     source = Path(args.checkpoint_path)
     source = source / checkpoints.BEST if source.is_dir() else source
-    paths = {"checkpoint_path": [source], "metrics": args.metrics, "csv": args.csv}
+    paths = {"checkpoint_path": [source], "metrics": args.metrics, "against": args.metrics, "csv": args.csv}
     targets = {name: files.choose_file(name, args.output, args.format, paths[SOURCE[name]]) for name in chosen}
     if len(set(targets.values())) < len(targets):
         raise UsageError(f"--output {args.output}: a file holds one figure; choose with --figure {', '.join(chosen)}")
@@ -83,8 +86,8 @@ def main(argv=None) -> None:
         at_random = {"example": int(np.random.default_rng(args.seed).integers(data.EVALUATION_SAMPLES["test"]))}
         args = parser.complete(of_checkpoint, {} if args.seed is None else at_random, given)
         check_sample(args)
-    training = read_curves(args.metrics, "metrics", METRICS)
-    lengths = read_curves(args.csv, "tests", ["sequence_length", "accuracy"])
+    training, lengths = read_curves(args.metrics, "metrics", METRICS), read_curves(args.csv, "tests", TESTS)
+    swept = read_curves(args.metrics, "metrics", METRICS, args.against) if "option" in targets else []
     for file in (*targets.values(), *([Path(args.save_data)] if args.save_data else [])):
         files.check_writable(file)
 
@@ -116,6 +119,9 @@ def main(argv=None) -> None:
             drawn["animation"] = animation.animate(trial, animation.memory_in_time(model.dynamics.rule, trial), zoom)
     if "training" in targets:
         drawn["training"] = curves.training_curves(training, data.TRAINING_SAMPLES)
+    if "option" in targets:
+        drawn["option"] = curves.accuracy_by_option(swept, args.against)
+        print_by_option(swept, args.against)
     if "lengths" in targets:
         drawn["lengths"] = curves.accuracy_by_length(lengths)
     for n, run in enumerate((*training, *lengths), start=1):
@@ -146,22 +152,46 @@ def check_sample(args: argparse.Namespace) -> None:
         raise UsageError(f"--time_range {start:g} {end:g}: must be START END in ms with START < END and START < {duration}")
 
 
-def read_curves(places: Sequence[str], table: str, needed: Sequence[str]) -> list[curves.Curves]:
-    """The numbers of the `metrics` or `tests` of runs in these files and folders, labelled by the options that differ."""
+def read_curves(places: Sequence[str], table: str, needed: Sequence[str], against: str = "") -> list[curves.Curves]:
+    """The numbers of the `metrics` or `tests` of runs in these files and folders, labelled by the options that differ.
+
+    Args:
+        against: the option of a sweep, which is no part of the label.
+    """
     runs = [run for place in filter(None, places) for run in results.read_results(Path(place)) if getattr(run, table)]
-    names = [name for name in dict.fromkeys(n for run in runs for n in run.options) if name not in (*UNNAMED, *REMOVED)]
-    differing = [name for name in names if len({str(run.options.get(name)) for run in runs}) > 1] or ["sequence_length"]
+    results.refuse_copies(runs)
+    parser = Parser("")
+    defaults = {name: parser.get_default(name) for name in task.add_options(parser)}
+    if against and against not in defaults:
+        raise UsageError(f"--against {against}: not an option of the task script")
     found = []
-    for run in runs:
-        columns = results.columns(getattr(run, table))
+    for run, label in zip(runs, results.labels(runs, defaults, against), strict=True):
+        columns, options = results.columns(getattr(run, table)), (defaults if run.options else {}) | run.options
         if missing := [name for name in needed if name not in columns]:
             raise UserError(f"{' '.join(places)}: no numbers for {', '.join(missing)}")
-        label = ", ".join(f"{name} {run.options.get(name)}" for name in differing) if run.options else run.name
-        constants = [columns[n][0] if n in columns else run.options.get(n) for n in ("num_classes", "trained_length")]
-        found.append(curves.Curves(label, columns, *(value and int(value) for value in constants)))
+        if options.get("curriculum_start") and table == "metrics":
+            curriculum = [options[name] for name in ("sequence_length", "curriculum_start", "curriculum_step")]
+            lengths = [data.training_length(int(epoch) - 1, *curriculum) for epoch in columns["epoch"]]
+            columns["training_length"] = np.array(lengths)
+        classes = columns["num_classes"][0] if "num_classes" in columns else options.get("num_classes")
+        trained = columns["trained_length"][0] if "trained_length" in columns else options.get("sequence_length")
+        found.append(curves.Curves(label, columns, classes and int(classes), trained and int(trained), options.get(against)))
     if any(places) and not found:
         raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
     return found
+
+
+def print_by_option(runs: Sequence[curves.Curves], option: str) -> None:
+    """A line for the repetitions of each value, in order; the mean is that of the runs that learned."""
+    print(f"{option:<16s}  learned    best validation accuracy, %")
+    for label in dict.fromkeys(run.label for run in runs):
+        for value in curves.option_values(runs):
+            alike = [run for run in runs if (run.label, run.option) == (label, value)]
+            learned = [curves.best(run) for run in alike if run.has_learned()]
+            mean = f"{np.mean(learned):.2f}" if learned else "-"
+            each = ", ".join(f"{curves.best(run):.2f}" for run in alike)
+            if alike:
+                print(f"{value!s:<16s}  {len(learned)} of {len(alike)}     {mean:>6s}  ({each})  {label}")
 
 
 if __name__ == "__main__":

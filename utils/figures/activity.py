@@ -114,6 +114,7 @@ class Zoom(NamedTuple):
 
 
 ALL = Zoom()
+ASKED = "the pair that is asked for"  # what is orange in storing
 
 
 class Phase(NamedTuple):
@@ -159,7 +160,7 @@ def time_grid(figure: FigureBase, trial: Trial, phases: list[Phase], heights: li
             if phase is not phases[0]:
                 ax.spines["left"].set_visible(False)
                 ax.tick_params(axis="y", length=0)
-        column[-1].set_xlabel(f"{wider:.2g}× wider" if wider > 1.05 else "Time (ms)")
+        column[-1].set_xlabel(f"ms, {wider:.2g}× wider" if wider > 1.05 else "Time (ms)")
         first, last = phase is phases[0], phase is phases[-1]
         nbins, prune = (8, None if last else "upper") if first else (2, None)
         column[-1].xaxis.set_major_locator(MaxNLocator(nbins, integer=True, steps=[1, 2, 5, 10], prune=prune))
@@ -178,14 +179,16 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     """On one time axis: inputs, and the spikes of every population over its rate; rates of the neurons; readout and logits."""
     phases = visible_phases(trial, zoom)
     rows = [row for row in ROWS if any(row[phase.column] for phase in phases)]
-    figure = new_figure(style.TWO_COLUMNS, 52 + 30 * len(rows))
-    above, below = figure.subfigures(2, 1, height_ratios=(22 + 30 * len(rows), 30), hspace=0.05)
+    figure = new_figure(style.TWO_COLUMNS, 48 + 29 * len(rows))
+    above, below = figure.subfigures(2, 1, height_ratios=(20 + 29 * len(rows), 28), hspace=0)
     axes = time_grid(above, trial, phases, [12] + [17, 5] * len(rows), right=0.2)
 
     letters = iter("abcdefg")
     image = draw_inputs(axes[0], trial, phases, next(letters))
     leave_out(axes[0, -1])
-    place = axes[0, -1].inset_axes((0, 0.45, 1, 0.2))
+    words = {"s": f"Orange: recall, and\n{ASKED}", "transform": axes[0, -1].transAxes, "linespacing": 1.3}
+    axes[0, -1].text(0, 1, **words, size=6, color=style.VERMILION, va="center")
+    place = axes[0, -1].inset_axes((0, 0.4, 1, 0.2))
     above.colorbar(image, cax=place, orientation="horizontal", ticks=(0, 0.5, 1)).set_label("Input value")
     place.spines[:].set_linewidth(0.5)
 
@@ -233,7 +236,9 @@ def draw_inputs(axes: np.ndarray, trial: Trial, phases: list[Phase], letter: str
         vectors, words = (trial.features, trial.labels) if store else (trial.query[None], ["query"])
         edges = phase.start + steps * np.arange(len(vectors) + 1)
         extent = (edges[0], edges[-1], -0.5, size - 0.5)
-        image = ax.imshow(vectors.T, "Greys", vmin=0, vmax=1, aspect="auto", origin="lower", extent=extent, zorder=0.5)
+        look = {"vmin": 0, "vmax": 1, "aspect": "auto", "origin": "lower", "zorder": 0.5}
+        look["interpolation"] = "nearest"  # else more features than pixels are blurred, also in time
+        image = ax.imshow(vectors.T, "Greys", extent=extent, **look)
         image.set_gid("features" if store else "query")
         ax.set_xlim(phase.low, phase.high)
         parts = zip(pairwise(np.clip(edges, phase.low, phase.high)), words, strict=True)
@@ -246,6 +251,8 @@ def draw_inputs(axes: np.ndarray, trial: Trial, phases: list[Phase], letter: str
         ax.set_title(phase.name, loc="right", color=phase.colour, pad=4 + 7 * levels)
         if phase is phases[0]:
             heading(ax, letter, "Inputs", pad=4 + 7 * levels)
+            row = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (-4, 2), "textcoords": "offset points"}
+            ax.annotate("label" if store else "", **row, ha="right", size=6)
     axes[0].set_yticks([0, size - 1] if size > 1 else [0])
     return image
 
@@ -310,8 +317,8 @@ def memory(trial: Trial, zoom: Zoom = ALL, most: int = 10) -> Figure:
     chosen = np.unique(np.linspace(0, len(memories) - 1, min(most, len(memories))).round().astype(int))
     extent = (neurons[0] - 0.5, neurons[-1] + 0.5) * 2
     look = {"vmin": min(0.0, memories.min()), "vmax": memories.max() or 1.0, "origin": "lower", "extent": extent}
-    figure = new_figure(style.TWO_COLUMNS, 105)
-    above, below = figure.subfigures(2, 1, height_ratios=(75, 30))
+    figure = new_figure(style.TWO_COLUMNS, 101)
+    above, below = figure.subfigures(2, 1, height_ratios=(74, 27))
 
     matrix, weights = above.subplots(1, 2)
     heading(matrix, "a", f"Memory after the last of {len(memories)} pairs")
@@ -324,7 +331,9 @@ def memory(trial: Trial, zoom: Zoom = ALL, most: int = 10) -> Figure:
     draw_weights(weights, memories[-1])
 
     which = "each pair" if len(chosen) == len(memories) else f"{len(chosen)} of the {len(memories)} pairs"
-    below.suptitle(f"c  Memory after {which}, on the colour scale of a", x=0.01, ha="left", size=7, weight="bold")
+    below.suptitle(
+        f"c  Memory after {which}, on the colour scale of a (orange: {ASKED})", x=0.01, ha="left", size=7, weight="bold"
+    )
     for ax, n in zip(below.subplots(1, max(len(chosen), 6), squeeze=False)[0], [*chosen, *[None] * 6], strict=False):
         if n is None:
             ax.set_axis_off()
@@ -369,7 +378,8 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
         line[0].yaxis.set_major_locator(MaxNLocator(3))
     figure.align_ylabels(axes[:, 0])
     figure.supylabel("Membrane potential (θ)", size=7)
-    figure.supxlabel("Dashed: threshold θ. Ticks above: spikes.", size=6, color=style.GREY)
+    words = "Dashed: threshold, 1 θ (beside hundreds of θ it seems to be at 0). Ticks above: spikes. "
+    figure.supxlabel(f"{words}Orange: recall, and {ASKED}.", size=6, color=style.GREY)
     return figure
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils.figures import activity
 from utils.figures.activity import ALL, ROWS, Trial, Zoom
-from utils.figures.style import BLACK, GREEN, LIGHT_GREY, TWO_COLUMNS, new_figure, styled
+from utils.figures.style import BLACK, GREEN, GREY, LIGHT_GREY, TWO_COLUMNS, new_figure, styled
 
 FRAMES, FRAME_MS, LAST_FRAME_MS = 110, 100, 3000  # number of frames, and how long each is shown
 DOTS_PER_INCH = 120
@@ -40,6 +40,12 @@ def memory_in_time(rule, trial: Trial) -> np.ndarray:
     return np.stack(memories + [memory[0].numpy()] * (len(times) - len(memories)))  # it stays through recall
 
 
+def logits_in_time(trial: Trial, times: np.ndarray) -> np.ndarray:
+    """The logits from the spikes of the readout window so far, times x C."""
+    read = trial.spikes["read_value"][trial.readout_ms - trial.store_ms :]
+    return np.stack([trial.readout_weights @ read[: max(0, t - trial.readout_ms)].sum(axis=0) for t in times])
+
+
 @styled
 def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.Image]:
     """Frames at `frame_times(trial.duration_ms)`.
@@ -65,6 +71,8 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
     columns = zip(phases, axes.T, strict=True)
     future = [(phase, ax.axvspan(0, 0, color=phase.tint, lw=0)) for phase, column in columns for ax in column if ax.axison]
 
+    left.supxlabel(f"Orange: recall, and {activity.ASKED}.", size=6, color=GREY)
+
     matrix, output = right.subplots(2, 1, height_ratios=(1.8, 1))
     neurons = zoom.indices(memories.shape[-1])
     memories = memories[:, neurons[:, None], neurons]
@@ -74,8 +82,7 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
     matrix.set(xlabel="Key neuron", ylabel="Value neuron")
     for axis, most in ((matrix.xaxis, 6), (matrix.yaxis, 6), (output.xaxis, 11)):
         axis.set_major_locator(MaxNLocator(most, integer=True))
-    read = trial.spikes["read_value"][trial.readout_ms - trial.store_ms :]
-    logits = np.stack([trial.readout_weights @ read[: max(0, t - trial.readout_ms)].sum(axis=0) for t in times])
+    logits = logits_in_time(trial, times)
     bars = output.bar(range(logits.shape[1]), logits[-1], lw=0)
     output.set(xlabel="Class", ylabel="Logit", ylim=(logits.min() * 1.1, logits.max() * 1.1 or 1))
     output.axhline(0, color=BLACK, lw=0.5)

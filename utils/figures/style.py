@@ -12,7 +12,7 @@ ONE_COLUMN, TWO_COLUMNS = 89.0, 183.0  # mm, widths of journals
 # Colours of Okabe and Ito, which the colour-blind tell apart. Storing is blue and recall is vermilion throughout.
 BLACK, GREY, LIGHT_GREY = "#000000", "#6E6E6E", "#BBBBBB"
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, "#882255", "#999933", "#332288")  # the last three: Paul Tol
 DASHED, DOTTED = (0, (3, 1.5)), (0, (1, 1))
 
 
