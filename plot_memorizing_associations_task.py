@@ -23,7 +23,7 @@ from memorizing_associations_task import add_model_options, check_lengths, model
 from utils import checkpoints, results
 from utils.errors import UsageError, UserError, in_one_line
 from utils.figures import activity, animation, curves, files
-from utils.options import SWITCH, Parser, constants_of_objects, number, optional, path
+from utils.options import Parser, constants_of_objects, number, optional, path
 
 # Figure -> the option that names what it is drawn from. The animation takes its time: it is drawn when asked for by name.
 SOURCE = dict.fromkeys(("overview", "memory", "membranes", "animation"), "checkpoint_path")
@@ -51,7 +51,6 @@ def add_options(parser: Parser) -> list[str]:
     add = parser.add_argument_group("where to").add_argument
     add("--output", type=path, default="", help="folder, or file for one figure; empty: beside the input, under its name")
     add("--format", choices=tuple(files.FORMATS), default="png", help="format of the figures in a folder")
-    add("--show", **SWITCH, help="show the figures in windows, too")
     add("--save_data", type=path, default="", help="NumPy file (.npz) for all numbers that the figures are drawn from")
     return [*model, "dataset_seed"]
 
@@ -133,8 +132,6 @@ def main(argv=None) -> None:
     if args.save_data:
         checkpoints.write_atomically(Path(args.save_data), lambda file: np.savez_compressed(file, **numbers))
         print(f"written           {args.save_data}")
-    if args.show:
-        files.show([drawing for name, drawing in drawn.items() if name != "animation"])
 
 
 def check_sample(args: argparse.Namespace) -> None:

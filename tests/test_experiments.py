@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -12,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 
 import data
 import memorizing_associations_task as task
+import models
 from experiments import analyze, summarize, sweep
 from utils import checkpoints
 from utils import results as runs
@@ -113,6 +114,21 @@ def test_a_sweep_that_is_interrupted_lets_its_runs_save(tmp_path, monkeypatch, c
     assert sweep.main([str(path), "--output_dir", str(tmp_path), "--jobs", "2"]) == 128 + signal.SIGUSR1
     assert "0 of 3 runs done, 0 failed, 3 unfinished" in capsys.readouterr().out
     assert [log.read_text() for log in tmp_path.rglob("log.txt")] == ["at work\nsaved\n"] * 2
+
+
+def test_each_run_of_a_sweep_has_a_gpu_of_its_own_in_turn(tmp_path, monkeypatch):
+    path = write(tmp_path / "sweep.yaml", group={"seed": [1, 2, 3, 4]})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, jobs, expected in ((None, None, ["0", "1"]), ("4,6", 3, ["4", "6", "4"]), ("GPU-a,GPU-b", 1, ["GPU-a"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert sweep.find_gpus(jobs, threads=1) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    shown = "import os, time; print('on', os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1); exit(1)"  # both slots are taken
+    monkeypatch.setattr(sweep.Job, "command", lambda *_, **__: [sys.executable, "-c", shown])
+    assert sweep.main([str(path), "--output_dir", str(tmp_path)]) == 1
+    assert sorted(log.read_text() for log in tmp_path.rglob("log.txt")) == ["on 4\n"] * 2 + ["on 6\n"] * 2
 
 
 @pytest.mark.parametrize(
@@ -284,19 +300,41 @@ def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_le
     assert (summarize.accuracy_at(run, 10), summarize.accuracy_at(run, 20)) == (None, 50.0)
 
 
-def test_a_folder_that_is_itself_a_run_gives_the_run_its_name(tmp_path):
-    (tmp_path / "options.yaml").write_text("{seed: 1, sequence_length: 2, num_classes: 2}\n")
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "validation_accuracy": 50.0}) + "\n")
-    assert [result.name for result in runs.read_results(tmp_path)] == [tmp_path.name]
+OPTIONS = {"seed": 1, "sequence_length": 2, "num_classes": 2}
 
 
-def test_a_damaged_run_is_named(tmp_path):
-    run = tmp_path / "group" / "run"
-    run.mkdir(parents=True)
-    (run / "options.yaml").write_text("seed: 1\n")
-    (run / "metrics.jsonl").write_text(json.dumps({"epoch": 0})[:-3] + "\n")
+def make_run(folder, metrics='{"epoch": 1, "validation_accuracy": 50.0}\n', options=OPTIONS):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "options.yaml").write_text(options if isinstance(options, str) else yaml.safe_dump(options))
+    (folder / "metrics.jsonl").write_text(metrics)
+
+
+def test_a_folder_that_is_itself_a_run_gives_the_run_its_name_and_one_at_the_root_keeps_its_own(tmp_path):
+    make_run(tmp_path / "one")
+    make_run(tmp_path / "other", options=OPTIONS | {"seed": 2})
+    assert [result.name for result in runs.read_results(tmp_path / "one")] == ["one"]
+    runs.write_groups(runs.read_results(tmp_path), tmp_path / "kept")
+    make_run(tmp_path / "new" / "third", options=OPTIONS | {"seed": 3})
+    runs.write_groups(runs.read_results(tmp_path / "new"), tmp_path / "kept")  # beside those
+    assert [result.name for result in runs.read_results(tmp_path / "kept")] == ["one", "other", "third"]
+
+
+def test_runs_are_in_the_order_of_their_numbers(tmp_path):
+    for delay in ("10", "0", "3"):
+        make_run(tmp_path / "group" / f"readout_delay{delay}", options=OPTIONS | {"readout_delay": int(delay)})
+    assert [result.options["readout_delay"] for result in runs.read_results(tmp_path)] == [0, 3, 10]
+
+
+@pytest.mark.parametrize("content", [{"metrics": '{"epoch": '}, {"options": "- 1\n"}, {"options": "seed: a\n"}])
+def test_a_damaged_run_is_named(tmp_path, content):
+    make_run(tmp_path / "group" / "run", **content)
     with pytest.raises(UserError, match=r"group/run.*damaged"):
         runs.read_results(tmp_path)
+
+
+def test_a_table_that_excel_marked_is_read(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfsequence_length,accuracy\r\n2,50.0\r\n")
+    assert runs.read_results(tmp_path / "a.csv")[0].tests == [{"sequence_length": "2", "accuracy": "50.0"}]
 
 
 def test_a_committed_network_scores_what_the_table_says(tmp_path):
@@ -341,6 +379,56 @@ def test_networks_are_analysed_once_each_under_a_name_of_their_own():
     assert list(analyze.named([a, a])) == ["model_best"]
     assert list(analyze.named([a, other])) == ["model_best", "other"]
     assert list(analyze.named([a, b, a, other])) == ["a/model_best", "b/model_best", "b/other"]
+
+
+class Exact(torch.nn.Module):
+    """A made-up network: the label of the vector nearest to the query; but that of the second nearest where the first pair is
+    asked for; after a pause, and with gamma_neg 0 (class 9), always wrong."""
+
+    def __init__(self, gamma_neg):
+        super().__init__()
+        self.wrong = gamma_neg == 0
+        self.output_layer = torch.nn.Identity()
+
+    def load_state_dict(self, state_dict):
+        pass
+
+    def forward(self, features, labels, query):
+        order = torch.cdist(query[:, None], features)[:, 0].argsort(1)
+        named = labels.gather(1, torch.where(order[:, 0] == 0, order[:, 1], order[:, 0])[:, None])[:, 0].long()
+        named = torch.full_like(named, 9) if self.wrong else named
+        return models.Output(torch.nn.functional.one_hot(named, 10).float(), None, None)
+
+    def currents(self, features, labels, query):
+        return features, labels, query
+
+    def store_and_recall(self, features, labels, query):
+        assert features.shape[1] == labels.shape[1] == 4 and not features[:, -1].any(), "a pair's time without input"
+        return torch.nn.functional.one_hot(torch.full((len(query),), 9), 10), None
+
+
+def test_the_numbers_of_the_analysis_on_a_made_up_network(monkeypatch):
+    """Three pairs on a line, at 0, 1 and 3: the one nearest to the first is the second, whose label a wrong answer names."""
+    params = {"sequence_length": 3, "num_classes": 10, "feature_size": 1, "dataset_seed": 1, "gamma_neg": 0.3}
+    features, labels = torch.tensor([[[0.0], [1.0], [3.0]]]).expand(8, 3, 1), torch.tensor([[5, 6, 7]]).expand(8, 3)
+    asked = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    test = data.Samples(features, labels, features[range(8), asked], labels[range(8), asked])
+    monkeypatch.setattr(checkpoints, "load", lambda path: {"params": params, "state_dict": {}})
+    monkeypatch.setattr(models, "build_model", lambda options: Exact(options["gamma_neg"]))
+    monkeypatch.setattr(data, "evaluation_set", lambda *_, **__: test)
+    tables = {}
+    for table, row in analyze.analyse(Path("made-up")):
+        tables.setdefault(table, []).append(row)
+    assert [tuple(row.values()) for row in tables["position"]] == [(1, 2, 0.0), (2, 3, 100.0), (3, 3, 100.0)]
+    (errors,) = tables["errors"]
+    assert errors == {"sequence_length": 3, "accuracy": 75.0, "errors": 2, "label_not_shown": 0.0, "of_nearest_vector": 100.0,
+                      "of_nearest_three": 100.0, "of_later_pair": 100.0, "mean_positions_later": 1.0}  # fmt: skip
+    assert [tuple(row.values()) for row in tables["pause"]] == [(False, 100.0, 60.0), (True, 0.0, 0.0)]
+    depression = {row["gamma_neg"]: (row["accuracy"], row["first_half"], row["second_half"]) for row in tables["depression"]}
+    assert depression == dict.fromkeys((0.3, 0.2, 0.1, 0.02), (75.0, 0.0, 100.0)) | {0.0: (0.0, 0.0, 0.0)}
+    quiet, *noisy = tables["noise"]
+    assert quiet == {"deviation": 0.0, "accuracy": 75.0, "nearest": 100.0} and [row["deviation"] for row in noisy][-1] == 0.3
+    assert all(row["nearest"] == 100 for row in noisy[:2]) and min(row["accuracy"] for row in noisy) >= 50
 
 
 def test_the_analysis_agrees_with_the_evaluation(tmp_path, monkeypatch, capsys):

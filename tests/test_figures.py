@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from golden import PUBLISHED
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
@@ -78,11 +79,33 @@ def test_overview_shows_every_spike_once_rates_per_second_inputs_readout_and_log
     assert np.array_equal(artists["readout"].get_data().values, trial.spikes["read_value"][-30:].sum(0))
     assert [artists[f"logit {n}"].get_height() for n in range(len(trial.logits))] == pytest.approx(trial.logits)
     words = {text.get_text() for text in figure.findobj(Text)}
-    assert {*map(str, trial.labels), f"answer {trial.answer}", f"▾ prediction {trial.logits.argmax()}"} <= words
+    assert {
+        *map(str, trial.labels),
+        "label",
+        "Orange: recall, and\nthe pair that is asked for",
+        f"answer {trial.answer}",
+        f"▾ prediction {trial.logits.argmax()}",
+    } <= words
+
+
+def test_the_values_of_many_features_are_not_blurred():
+    """784 features, more than there are pixels; each pair is black or white."""
+    trial = make_trial(pairs=6)
+    features = np.repeat([[0.0], [1.0]] * 3, 784, axis=1)
+    figure = activity.overview(trial._replace(features=features, query=features[0]))
+    (canvas := FigureCanvasAgg(figure)).draw()
+    box = drawn(figure)["features"].get_window_extent()
+    pixels = np.asarray(canvas.buffer_rgba())[::-1][round(box.y0) + 5 : round(box.y1) - 5, :, 0]
+    edges = np.linspace(box.x0, box.x1, 7)
+    for pair, value in enumerate((255, 0) * 3):
+        inner = pixels[:, int(edges[pair]) + 3 : int(edges[pair + 1]) - 3]
+        assert (inner == value).all(), pair
 
 
 def test_memories_are_shown_on_one_scale_the_first_and_last_of_many_pairs_among_them(trial):
     artists = drawn(activity.memory(trial))
+    matrix = artists["memory"].axes
+    assert (matrix.get_xlabel(), matrix.get_ylabel(), matrix.yaxis_inverted()) == ("Key neuron", "Value neuron", False)
     assert np.array_equal(artists["memory"].get_array(), trial.memories[-1])
     for n, memory in enumerate(trial.memories):
         image = artists[f"memory after pair {n + 1}"]
@@ -121,6 +144,14 @@ def test_zoom_shows_the_neurons_and_times_asked_for(trial):
     assert np.array_equal(drawn(activity.memory(trial, zoom))["memory"].get_array(), trial.memories[-1, 5:9, 5:9])
     recall = drawn(activity.overview(trial, activity.Zoom(time_range=(125, 160))))
     assert "read_key spikes" in recall and "write_key spikes" not in recall
+
+
+def test_the_logits_of_the_animation_begin_with_the_readout_and_end_as_those_of_the_sample(trial):
+    assert trial.readout_ms == 130
+    logits = animation.logits_in_time(trial, np.array([0, 130, 131, 160]))
+    assert not logits[:2].any()
+    assert np.allclose(logits[2], trial.readout_weights @ trial.spikes["read_value"][10])
+    assert np.allclose(logits[3], trial.readout_weights @ trial.readout)
 
 
 def test_animation_shows_the_past_and_hides_the_future(trial, monkeypatch, tmp_path):
@@ -302,7 +333,16 @@ def write_run(folder, epochs=4, seed=1, **options):
 def test_training_curves_show_every_epoch_over_samples_the_learning_rate_in_steps(tmp_path):
     path = write_run(tmp_path / "a")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    artists = drawn(curves.training_curves(plot.read_curves([path], "metrics", plot.METRICS), 9000))
+    figure = curves.training_curves(read(path), 9000)
+    artists = drawn(figure)
+    for title, names in {"d  Encoding": ("features_encoded", "labels_encoded", "query_encoded"),
+                         "e  Keys": ("write_key", "read_key"), "f  Values": ("write_value", "read_value")}.items():  # fmt: skip
+        (ax,) = (ax for ax in figure.axes if ax.get_title("left") == title)
+        assert ax.get_ylabel() == "Rate (Hz)" and all(artists[f"sequence_length 10 {name}"].axes is ax for name in names)
+        words = ["vectors", "labels", "query"] if "Enc" in title else ["store", "recall"]
+        assert [text.get_text() for text in ax.get_legend().texts] == words
+        colours = [artists[f"sequence_length 10 {name}"].get_color() for name in names]
+        assert [line.get_color() for line in ax.get_legend().get_lines()] == colours
     for name in ("train_loss", "validation_accuracy", *models.POPULATIONS):
         line = artists[f"sequence_length 10 {name}"]
         assert line.get_xdata().tolist() == [9, 18, 27, 36]  # thousands of samples
@@ -311,11 +351,27 @@ def test_training_curves_show_every_epoch_over_samples_the_learning_rate_in_step
     assert rate.get_drawstyle() == "steps-pre" and rate.get_xdata().tolist() == [0, 9, 18, 27, 36]
 
 
+def change(path, lines=lambda line: line, **options):
+    """Of a run that `write_run` made; an option that is None is taken from its record."""
+    record = path.with_name("options.yaml")
+    options = yaml.safe_load(record.read_text()) | options
+    record.write_text(yaml.safe_dump({name: value for name, value in options.items() if value is not None}))
+    path.write_text("".join(json.dumps(lines(json.loads(line))) + "\n" for line in path.read_text().splitlines()))
+
+
+def read(*places, against=""):
+    return plot.read_curves(list(map(str, places)), "metrics", plot.METRICS, against)
+
+
+def words_of(figure) -> str:
+    return " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
+
+
 def test_groups_give_mean_and_range_and_their_own_level_of_chance(tmp_path):
     for seed in (1, 2, 3):
         write_run(tmp_path / f"s{seed}", epochs=3 + seed, seed=seed)
     write_run(tmp_path / "w", seed=4, num_classes=30)
-    runs = plot.read_curves([tmp_path], "metrics", plot.METRICS)  # all runs of a folder
+    runs = read(tmp_path)  # all runs of a folder
     assert sorted(run.label for run in runs) == ["num_classes 10"] * 3 + ["num_classes 30"]
     figure = curves.training_curves(runs, 1000)
     artists = drawn(figure)
@@ -323,11 +379,106 @@ def test_groups_give_mean_and_range_and_their_own_level_of_chance(tmp_path):
     assert list(mean.get_xdata()) == [1, 2, 3, 4]  # where all of them have values
     expected = [run.columns["train_loss"][:4] for run in runs if run.num_classes == 10]
     assert np.allclose(mean.get_ydata(), np.mean(expected, axis=0))
-    words = [text.get_text() for text in figure.findobj(Text)]
-    assert "num_classes 10 (3 runs; thick: mean, shaded: range)" in words
+    assert all(words in words_of(figure) for words in ("num_classes 10 (3 runs)", "chance, 10, 30 classes"))
     assert artists["chance, 30 classes"].get_ydata() == pytest.approx([100 / 30] * 2)
-    assert len({str(artists[f"chance, {n} classes"]._dash_pattern) for n in (10, 30)}) == 2
     assert overlapping(figure) == []
+
+
+def test_seeds_that_learned_and_those_that_did_not_are_drawn_apart(tmp_path):
+    for seed, accuracy in ((1, 90), (2, 94), (3, 10), (4, 54.9)):  # halfway from 10 % to 100 % is 55 %
+        path = write_run(tmp_path / f"s{seed}", seed=seed)
+        change(path, lambda line, accuracy=accuracy: line | {"validation_accuracy": accuracy})
+    figure = curves.training_curves(read(tmp_path), 1000)
+    means = {
+        name: artist.get_ydata()[0] for name, artist in drawn(figure).items() if name[:4] == "mean" and "validation_acc" in name
+    }
+    split = "mean sequence_length 10, not learned validation_accuracy"
+    assert means == {"mean sequence_length 10 validation_accuracy": 92, split: pytest.approx(32.45)}
+    assert curves.NOT_LEARNED in words_of(figure)
+
+
+def test_runs_are_averaged_only_where_they_differ_in_nothing_but_the_seed(tmp_path, capsys):
+    ways = [{}, {"inf_data": 0}, {"dataset_seed": 7}, {"start_epoch": 3}]
+    for n, options in enumerate(ways):
+        write_run(tmp_path / str(n), seed=n, **options)
+    assert len({run.label for run in read(tmp_path)}) == len(ways)
+    for name in "ab":  # without options nothing is known of them
+        write_run(tmp_path / name, seed=ord(name)).with_name("options.yaml").unlink()
+    files = [tmp_path / name / "metrics.jsonl" for name in "ab"]
+    assert [run.label for run in read(*files)] == [file.as_posix() for file in files]
+    copy = shutil.copytree(tmp_path / "0", tmp_path / "0.bak")
+    change(copy / "metrics.jsonl", lambda line: line | {"seconds": 3}, epochs=9)
+    for where in ([copy, tmp_path / "0"], [tmp_path / "1", tmp_path / "1"]):
+        assert "the same run" in refused(capsys, "--metrics", *where)
+
+
+def test_long_labels_name_two_options_of_many_and_fill_in_defaults(tmp_path):
+    change(write_run(tmp_path / "old"), tau_mem=None)
+    others = dict.fromkeys("tau_mem tau_trace batch_size learning_rate l2 w_max".split(), 7)
+    write_run(tmp_path / "a $new$ one", seed=2, **others)
+    runs = read(tmp_path)
+    assert [run.label for run in runs] == ["w_max 1.0, tau_trace 20.0 and 4 more", "w_max 7, tau_trace 7 and 4 more"]
+    for run in runs:
+        assert "None" not in run.label
+    long = [run._replace(label=f"{run.label} of a $folder$ " * 5) for run in runs]
+    for figure in (curves.training_curves(long, 9000), curves.accuracy_by_option(long, "l2")):
+        assert overlapping(figure) == []
+
+
+def test_a_curriculum_is_marked_where_sequences_get_longer(tmp_path):
+    write_run(tmp_path / "a", epochs=5, sequence_length=6, curriculum_start=2, curriculum_step=2)
+    (run,) = read(tmp_path)
+    marks = drawn(curves.training_curves([run], 1000))["sequence_length 6 longer sequences"]
+    assert marks.get_xdata().tolist() == [1, 2]  # 2, 4, 6, 6, 6 pairs
+
+
+def test_a_sweep_over_an_option_has_a_figure_and_a_table_in_order(tmp_path, capsys):
+    accuracies = {0.0: (91, 93), 0.3: (80, 10), 3.0: (95, 97), 10.0: (10, 11)}
+    for value, both in accuracies.items():
+        for seed, accuracy in enumerate(both):
+            path = write_run(tmp_path / f"{value}-{seed}", seed=seed)
+            numbers = {"validation_accuracy": accuracy, "train_loss": value + seed}
+            recorded = None if value == 0.3 else value  # a record may lack the default
+            change(path, lambda line, numbers=numbers: line | numbers, gamma_neg=recorded)
+    printed = run(capsys, "--metrics", tmp_path, "--against", "gamma_neg", "--figure", "option").splitlines()
+    assert [line.split()[:5] for line in printed[1:-1]] == [
+        ["0.0", "2", "of", "2", "92.00"],
+        ["0.3", "1", "of", "2", "80.00"],
+        ["3.0", "2", "of", "2", "96.00"],
+        ["10.0", "0", "of", "2", "-"],
+    ]
+    figure = curves.accuracy_by_option(read(tmp_path, against="gamma_neg"), "gamma_neg")
+    artists, (ax,) = drawn(figure), figure.axes
+    assert [text.get_text() for text in ax.get_xticklabels()] == [
+        "0.0",
+        "0.3",
+        "3.0",
+        "10.0",
+    ] and ax.get_xlabel() == "gamma_neg"
+    assert artists["mean "].get_xydata().tolist() == [[0, 92], [1, 80], [2, 96]]
+    (bars,) = (bars for bars in ax.collections if len(bars.get_segments()) == 3)
+    assert np.allclose([np.ptp(bar[:, 1]) for bar in bars.get_segments()], [2 * 2**0.5, 0, 2 * 2**0.5])
+    assert sorted(artists[" x"].get_ydata()) == [10, 10, 11]
+    assert overlapping(figure) == []
+
+
+def test_runs_behind_links_are_found_once_and_what_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "elsewhere")
+    (folder := tmp_path / "runs").mkdir()
+    write_run(folder / "own", seed=2)
+    for name, to in (("link", tmp_path / "elsewhere"), ("latest", folder / "own"), ("circle", folder)):
+        (folder / name).symlink_to(to)
+    assert [result.name for result in results.read_results(folder)] == ["link", "own"]
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    assert f"{folder / 'gone'}: is a link to what is not there" in refused(capsys, "--metrics", folder)
+    (folder / "gone").unlink()
+    iterdir = type(folder).iterdir
+
+    def locked(path):
+        return iterdir(path) if path.name != "own" else os.listdir("/nowhere")
+
+    monkeypatch.setattr(type(folder), "iterdir", locked)
+    assert f"{folder / 'own'}: " in refused(capsys, "--metrics", folder)
 
 
 def test_accuracy_is_shown_against_length_with_chance_and_trained_length(capsys, tmp_path):
@@ -338,6 +489,8 @@ def test_accuracy_is_shown_against_length_with_chance_and_trained_length(capsys,
     assert (one.columns["accuracy"] == runs[0].columns["accuracy"]).all() and one.trained_length == 10
     figure = curves.accuracy_by_length(runs)
     artists = drawn(figure)
+    guessing = artists["guessing"].get_xydata()
+    assert np.allclose(guessing.prod(axis=1), 100) and (guessing[0, 0], guessing[-1, 0]) == (2, 30)
     mean = artists["mean sequence_length 10 accuracy"]
     assert list(mean.get_xdata()) == [2, 10, 30]
     values = [dict(zip(run.columns["sequence_length"], run.columns["accuracy"], strict=True)) for run in runs]
@@ -379,6 +532,7 @@ def refused(capsys, *arguments) -> str:
         (["--output", f"{PUBLISHED}/figures"], [f"{PUBLISHED}/figures", "cannot be written"]),
         (["--save_data", f"{PUBLISHED}/data.npz"], ["data.npz", "cannot be written"]),
         (["--figure", "training"], ["--figure training", "--metrics"]),
+        (["--against", "tau_mem"], ["--against tau_mem", "--metrics"]),
         (["--figure", "raster"], ["--figure", "overview"]),
         (["--tau", "3"], ["--tau"]),
     ],
@@ -414,10 +568,3 @@ def test_metrics_and_tables_that_cannot_be_used_are_named(capsys, tmp_path, opti
         path.write_bytes(content.encode("latin-1"))
     asked = path if path.parent == tmp_path else path.parent
     assert str(asked) in refused(capsys, option, asked)
-
-
-def test_show_without_a_display_says_so_after_writing(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(matplotlib, "get_backend", lambda: "agg")
-    path = shutil.copy(PUBLISHED, tmp_path)
-    assert "--show" in refused(capsys, "--checkpoint_path", path, "--show", "--figure", "memory", "--format", "svg")
-    assert (tmp_path / "published_format_checkpoint.memory.svg").exists()

@@ -9,7 +9,7 @@ import csv
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,9 +89,11 @@ def refuse_copies(results: Sequence[Result]) -> None:
         start = [{n: v for n, v in line.items() if n != "seconds"} for line in result.metrics[:1]]  # one may have gone on
         trained = {n: v for n, v in result.options.items() if n == "seed" or n not in UNNAMED}
         numbers = json.dumps([trained, start or result.tests], sort_keys=True, default=str)
-        other = known.setdefault(numbers, result.name) if start or result.tests else result.name
-        if numbers in known and other != result.name:
-            raise UserError(f"{result.name}: is the same run as {other}; leave one of them out")
+        if not start and not result.tests:
+            continue  # it has just begun
+        if numbers in known:
+            raise UserError(f"{known[numbers]}, {result.name}: are the same run; leave one of them out")
+        known[numbers] = result.name
 
 
 def _checked(path: Path, read) -> list:
@@ -161,7 +163,7 @@ def columns(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     return found
 
 
-def labels(results: Sequence[Result], defaults: Mapping[str, Any], against: str = "") -> list[str]:
+def labels(results: Sequence[Result], defaults: dict[str, Any], against: str = "") -> list[str]:
     """What tells each run from the others, but for repetitions of it with other seeds, which have the same label.
 
     Options that differ between the same runs are named by the first two of them, where they are more than three.

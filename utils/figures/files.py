@@ -53,14 +53,3 @@ def save(drawing: Figure | list, path: Path) -> None:
             drawing.savefig(path, dpi=dpi, metadata=metadata)
     except OSError as failure:
         raise UserError(f"{path}: cannot be written ({failure.strerror or failure}); choose another place") from failure
-
-
-def show(drawn: Sequence[Figure]) -> None:
-    """Open a window for each figure and wait until they are closed. Raises UserError where there is no display."""
-    import matplotlib.pyplot as plt
-
-    for figure in drawn:
-        plt.figure(figure)
-    if plt.get_backend().lower() == "agg":
-        raise UserError("--show: there is no display here; look at the files")
-    plt.show()
