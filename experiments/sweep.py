@@ -15,6 +15,7 @@ The YAML file names groups of runs. A group gives options of the task script; a 
 A group may be a list of such blocks. A run is the folder OUTPUT_DIR/GROUP/RUN, named after the options that have lists. Beside
 what the task script keeps there, it holds log.txt (what the run printed), command.txt (the commands that made it, each with the
 commit of the program) and accuracy_by_length.csv (the network that is best in validation, on the published test set).
+Accuracy against an option: python plot_memorizing_associations_task.py --metrics OUTPUT_DIR --against OPTION
 """
 
 import argparse
