@@ -312,7 +312,9 @@ def train(
             save(is_best)
             tensorboard.write(line)
             progress.epoch(line, args.epochs)
-            report_silence(history, short=args.sequence_length <= 2 or args.curriculum_start > 0)
+            begins_short = args.sequence_length <= 2 or args.curriculum_start > 0
+            remedy = "" if begins_short else "; --curriculum_start 2 avoids it"
+            report_silence(history, models.POPULATIONS, below=models.SILENT_BELOW, remedy=remedy)
     progress.close()
     if epoch < args.epochs:
         print_rank0(f"interrupted in epoch {epoch + 1} after {sample} of {samples} samples; "

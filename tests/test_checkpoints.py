@@ -308,7 +308,7 @@ def test_the_newest_whole_checkpoint_of_a_folder_is_found(ours, tmp_path, capsys
     assert checkpoints.find(tmp_path)[0].name == LAST
     (tmp_path / LAST).write_bytes(b"")
     assert checkpoints.find(tmp_path)[0].name == BEST
-    assert f"going back to {tmp_path / BEST}, of epoch 2" in capsys.readouterr().out
+    assert f"going back to {tmp_path / BEST}, of epoch 2" in capsys.readouterr().err
     (tmp_path / BEST).write_bytes(b"")
     assert checkpoints.find(tmp_path, quiet=True) is None
     with pytest.raises(UserError, match=rf"{LAST}: damaged.*; .*{BEST}: damaged"):

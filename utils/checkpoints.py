@@ -23,6 +23,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -240,7 +241,7 @@ def find(folder: Path, names: tuple[str, ...] = (LAST, BEST), quiet: bool = Fals
             failures.append(str(failure))
         else:
             for damage in failures:
-                print(f"warning: {damage}; going back to {path}, of epoch {checkpoint['epoch']}", flush=True)
+                print(f"warning: {damage}; going back to {path}, of epoch {checkpoint['epoch']}", file=sys.stderr)
             return path, checkpoint
     if failures and not quiet:
         raise UserError("; ".join(failures))

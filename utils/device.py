@@ -1,5 +1,6 @@
 """The device and the backend that a network runs on."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def available(record: Mapping[str, Any]) -> dict[str, Any]:
         try:
             backends.load(backend, "cuda" if torch.cuda.is_available() and found.get("device") != "cpu" else "cpu")
         except BackendError as reason:
-            print(f"the checkpoint's run used another backend, {backend}: {reason}", flush=True)
+            print(f"the checkpoint's run used another backend, {backend}: {reason}", file=sys.stderr)
             del found["backend"]
     return found
 

@@ -31,8 +31,7 @@ def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def reporting(argv=None) -> int:
-        warn_in_one_line()
-        outlive_output()
+        prepare_output()
         try:
             return main(argv) or 0
         except UsageError as error:
@@ -76,11 +75,6 @@ def not_finite(where: str, what: str, dynamics: models.Dynamics) -> UserError:
     return UserError(f"{where}: not finite: {what}; the last checkpoint stays. {remedy}")
 
 
-def warn_in_one_line() -> None:
-    """Show warnings without the place in the source."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-
-
 @contextlib.contextmanager
 def out_of_memory_in_one_line(batch_size: int) -> Iterator[None]:
     """Turn a lack of memory, on the CPU or on a GPU, into a UserError that names a smaller batch (1 or 0: smaller sizes)."""
@@ -95,7 +89,7 @@ def out_of_memory_in_one_line(batch_size: int) -> Iterator[None]:
 
 
 class _Output(io.FileIO):
-    """Standard output that may be lost: its reader may go, as in `... | head`, or the disk of a log be full."""
+    """Standard output or standard error, which may be lost: its reader may go, as in `... | head`, or the disk be full."""
 
     lost = False
 
@@ -104,15 +98,19 @@ class _Output(io.FileIO):
             return len(text) if self.lost else super().write(text)
         except OSError as failure:
             self.lost = True
-            if not isinstance(failure, BrokenPipeError):
+            if self.fileno() == 1 and not isinstance(failure, BrokenPipeError):
                 warnings.warn(f"standard output cannot be written ({failure.strerror}); continuing without it", stacklevel=1)
             return len(text)
 
 
-def outlive_output() -> None:
-    """Continue when standard output is lost or cannot spell a name: a training must not be lost with it."""
-    if sys.stdout is None:  # closed from the start
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
-    elif sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
-        raw = _Output(sys.__stdout__.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.__stdout__.encoding, "backslashreplace", line_buffering=True)
+def prepare_output() -> None:
+    """Show warnings in one line, and continue when an output is closed, is lost or cannot spell a name."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed from the start; its place is taken, or the next file would get what libraries print
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
+            os.set_inheritable(getattr(sys, name).fileno(), True)  # for processes that this one starts, too
+        elif stream is getattr(sys, f"__{name}__"):
+            raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))

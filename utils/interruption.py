@@ -1,6 +1,7 @@
 """Signals from a terminal or a batch system that is about to stop a job end a training after the step at hand."""
 
 import signal
+import threading
 
 # Ctrl-C, kill and `scancel`, a batch system's warnings, a closed terminal.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -9,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal
 class Interruption:
     """Remembers that a signal came. While it is in force the first signal only sets `signal`; a second one acts as usual.
 
-    A signal that was ignored (`nohup`) stays ignored.
+    A signal that was ignored (`nohup`) stays ignored. In a thread, which Python tells of no signal, none comes.
 
     Args:
         patient: a second one changes nothing, either. One of several processes may get a signal twice, from a batch system and
@@ -21,7 +22,8 @@ class Interruption:
         self._patient = patient
 
     def __enter__(self) -> "Interruption":
-        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        here = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        heeded = [number for number in here if signal.getsignal(number) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in heeded}
         return self
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from models import BackendError, backends
 from utils import distributed
-from utils.errors import UsageError, UserError, outlive_output, warn_in_one_line
+from utils.errors import UsageError, UserError, prepare_output
 from utils.interruption import Interruption
 from utils.run import commit
 
@@ -36,17 +36,16 @@ _MOMENT = 2.0  # seconds that a process which lost another one waits before it e
 _GRACE = 4.0  # seconds for the processes of a node to end by themselves after one of them failed
 _TOLD, _LOST = 1, 3  # exit status of a process that has said what is wrong, and of one that lost another
 
-# Why processes do not meet: what PyTorch raises, and what it means.
-_HINT = "see that no firewall is between; on hosts whose own name is loopback, set GLOO_SOCKET_IFNAME to the network interface"
-_MEETING_ERRORS = {
-    "EADDRINUSE|EACCES": "the port of --dist_url {url} cannot be used here (in use, or reserved); choose another one, the same "
-    "on all nodes, and start one --rank 0 only (SLURM: --ntasks-per-node=1)",
-    "(?i)timed out.* connect": "could not connect to {url} within {timeout:g} s; start the node of --rank 0 there, with the "
-    "same --dist_url, and {hint}",
-    "(?i)timed? ?out|failed to connect|gloo": "not all nodes came to {url} within {timeout:g} s; start every node with the "
-    "same --dist_url, --world_size (number of nodes) and number of processes, each with its own --rank; or wait longer "
-    "(--dist_timeout SECONDS); {hint}",
-}
+_NO_PORT = (
+    "the port of --dist_url {url} cannot be used here (in use, or reserved); choose another one, the same on all nodes, "
+    "and start one --rank 0 only (SLURM: --ntasks-per-node=1)"
+)
+_NOT_MET = (
+    "not all nodes met at {url} within {seconds:g} s; start the node of --rank 0 there and every other one with its own --rank, "
+    "all with the same --dist_url, --world_size (number of nodes) and number of processes; or wait longer (--dist_timeout "
+    "SECONDS); see that no firewall is between, and that nothing else listens there; on hosts whose own name is loopback, set "
+    "GLOO_SOCKET_IFNAME to the network interface"
+)
 
 
 @dataclass(frozen=True)
@@ -235,18 +234,16 @@ def _join(ranks: Ranks, local_rank: int, args: argparse.Namespace) -> None:
     elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
         threads = len(os.sched_getaffinity(0)) // ranks.processes
     torch.set_num_threads(max(threads, 1))
-    warn_in_one_line()
-    outlive_output()
+    prepare_output()
     if ranks.rank(local_rank):
         warnings.simplefilter("ignore")  # rank 0 warns
     if args.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(local_rank if ranks.processes > 1 else args.gpu or 0)
     backend = "cpu:gloo,cuda:nccl" if args.dist_backend == "nccl" else args.dist_backend
-    words = {"url": ranks.url, "timeout": args.dist_timeout, "hint": _HINT}
+    not_met = _NOT_MET.format(url=ranks.url, seconds=args.dist_timeout)
 
-    def give_up() -> None:  # what listens at the address does not answer, and PyTorch waits for it without an end
-        message = f"what listens at {ranks.url} did not answer within {args.dist_timeout:g} s; is it the node of --rank 0?"
-        print(f"error: rank {ranks.rank(local_rank)}: {message}", file=sys.stderr, flush=True)
+    def give_up() -> None:  # where what listens there does not answer, PyTorch waits without an end
+        print(f"error: rank {ranks.rank(local_rank)}: {not_met}", file=sys.stderr, flush=True)
         os._exit(_TOLD)
 
     watch = threading.Timer(args.dist_timeout + 2, give_up)
@@ -256,9 +253,10 @@ def _join(ranks: Ranks, local_rank: int, args: argparse.Namespace) -> None:
         limit = timedelta(seconds=args.dist_timeout)
         dist.init_process_group(backend, ranks.url, limit, ranks.world_size, ranks.rank(local_rank))
     except RuntimeError as failure:
-        for pattern, message in _MEETING_ERRORS.items():
-            if re.search(pattern, str(failure)):
-                raise UserError(message.format(**words)) from failure
+        if re.search("EADDRINUSE|EACCES", str(failure)):
+            raise UserError(_NO_PORT.format(url=ranks.url)) from failure
+        if re.search("(?i)timed? ?out|failed to connect|gloo", str(failure)):
+            raise UserError(not_met) from failure
         raise
     finally:
         watch.cancel()

@@ -3,12 +3,11 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tqdm import tqdm
 
-from models import POPULATIONS, SILENT_BELOW
 from utils import distributed
 from utils.distributed import print_rank0
 
@@ -16,7 +15,7 @@ from utils.distributed import print_rank0
 class Progress:
     """Progress over the samples of a whole training, so that speed and time left are those of the run."""
 
-    QUIET = 60.0  # seconds after which a log gets a line, and which a first epoch may take without an estimate
+    QUIET = 60.0  # seconds after which a log gets a line
 
     def __init__(self, total: int, done: int, print_freq: int):
         self._print_freq, self._steps = print_freq, 0
@@ -37,10 +36,6 @@ class Progress:
         self._bar.update(samples)
         if self._steps == 1:  # it allocates and compiles
             self._first, self._start = self._done, time.perf_counter()
-        elif self._steps == 4 and left > self.QUIET * self._speed():
-            print_rank0(
-                f"about {self._speed():,.0f} samples/s with sequences of this length, {self._time_left()} for all epochs"
-            )
         if self._steps % self._print_freq:
             return
         if not self._bar.disable:
@@ -63,25 +58,18 @@ class Progress:
         self._bar.close()
 
     def _print(self, line: str) -> None:
-        print_rank0(f"{line}  {self._speed():,.0f} samples/s  {self._time_left()} left")
+        speed = (self._done - self._first) / (time.perf_counter() - self._start)  # samples in a second
+        left = tqdm.format_interval((self._total - self._done) / speed) if speed else "?"
+        print_rank0(f"{line}  {speed:,.0f} samples/s  {left} left")
         self._last_line = time.perf_counter()
 
-    def _speed(self) -> float:
-        """Samples in a second, without the first step."""
-        return (self._done - self._first) / (time.perf_counter() - self._start)
 
-    def _time_left(self) -> str:
-        speed = self._speed()
-        return tqdm.format_interval((self._total - self._done) / speed) if speed else "?"
-
-
-def report_silence(history: list[dict[str, Any]], short: bool) -> None:
-    """Say when a population falls silent, and when it fires again. `short`: training begins with few pairs already."""
+def report_silence(history: list[dict[str, Any]], names: Collection[str], *, below: float, remedy: str) -> None:
+    """Say which of these rates (Hz) fell below a bound in the last epoch, and which rose above it again."""
     now, before = history[-1], history[-2] if len(history) > 1 else {}
-    for name in POPULATIONS:
-        silent, was_silent = now[name] < SILENT_BELOW, before.get(name, math.inf) < SILENT_BELOW
+    for name in names:
+        silent, was_silent = now[name] < below, before.get(name, math.inf) < below
         if silent and not was_silent:
-            remedy = "" if short else "; --curriculum_start 2 avoids it"
             print_rank0(f"warning: {name} fell silent (mean rate {now[name]:.2g} Hz), so nothing is learned through it{remedy}")
         if was_silent and not silent:
             print_rank0(f"{name} fires again ({now[name]:.2g} Hz)")

@@ -12,6 +12,7 @@ One rule: a new run needs a folder without a run, and --resume auto continues wh
 
 import contextlib
 import itertools
+import os
 import platform
 import shlex
 import socket
@@ -61,7 +62,7 @@ def find_checkpoint(resume: str, output_dir: str, evaluate: bool) -> tuple[Path 
             f"--output_dir {path}: holds {' and '.join(standing)} of a run, but no checkpoint to continue; "
             "put the checkpoint back or choose another folder"
         )
-    print(f"--resume auto: no checkpoint in {path}, a new run begins", file=sys.stderr, flush=True)
+    print(f"--resume auto: no checkpoint in {path}, a new run begins", file=sys.stderr)
     return None, None
 
 
@@ -74,7 +75,7 @@ def folder(output_dir: str, resume: Path | None) -> Iterator[Path]:
     """
     if output_dir:
         path = Path(output_dir)
-    elif resume and resume.with_name(OPTIONS).exists():
+    elif resume and any(resume.with_name(name).exists() for name in (OPTIONS, LOCK)):  # the lock comes first, the options last
         path = resume.parent
     else:
         names = (f"{time.strftime('%Y%m%d-%H%M%S')}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
@@ -106,7 +107,7 @@ def locked(folder: Path) -> Iterator[None]:
             dangling = folder.is_symlink() and not folder.exists()
             where = f"{folder} is a link to what is not there" if dangling else failure.strerror
             raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
-        print(f"warning: --output_dir {folder}: no locks there; make sure no other run uses it", flush=True)
+        print(f"warning: --output_dir {folder}: no locks there; make sure no other run uses it", file=sys.stderr)
     try:
         yield
     finally:
@@ -162,7 +163,8 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[1]
     command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
     command += ["describe", "--always", "--dirty=+changes", "--abbrev=10", "--exclude=*"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's speak of another one
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=own).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
