@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import assert_same_run, refuse
 
 import data
@@ -118,7 +119,7 @@ def kill_while_writing(number: int, folder: Path, epochs: int) -> int:
     return train(folder, epochs)
 
 
-@pytest.mark.parametrize("times", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_trainings_end_as_the_undisturbed_one(times, tmp_path, whole):  # `whole` first: forks then have all imports
     """Killed half of the times while a checkpoint is written, resumed each time: the same weights and metrics, bit for bit."""
     rng, epochs, kills = random.Random(0), 3 if times < 10 else 10, 0
@@ -166,30 +167,16 @@ def test_a_kill_while_the_first_checkpoint_is_written_leaves_a_folder_in_which_a
         assert in_child(lambda n=number, folder=folder: kill_while_writing(n, folder, 2)) == -signal.SIGKILL
         assert (folder / checkpoints.LAST).exists() == (number == 2)
         assert not (folder / OPTIONS).exists() and not (folder / METRICS).exists()
+        (folder / f".{checkpoints.LAST}.1.tmp").write_bytes(b"what another killed writer left")
         capfd.readouterr()
-        assert train(folder, 2) == 0
+        if number < 2:
+            assert train(folder, 2) == 0
+        else:  # in place, although there are no options yet
+            assert task.main([*TINY, "--epochs", "2", "--resume", str(folder / checkpoints.LAST)]) == 0
         begins = f"--resume auto: no checkpoint in {folder}, a new run begins"
         assert (begins in capfd.readouterr().err) == (number < 2)
         assert_same_run(folder, whole, (checkpoints.LAST, checkpoints.BEST))
         assert sorted(contents(folder)) == sorted(contents(whole))
-
-
-def test_a_first_checkpoint_is_there_before_anything_else(tmp_path, monkeypatch):
-    def stop(*_):
-        raise UserError("stopped by the test")
-
-    monkeypatch.setattr(run, "record", stop)
-    assert train(tmp_path, 2) == 1
-    assert contents(tmp_path).keys() == {checkpoints.LAST, run.LOCK}
-    checkpoint = checkpoints.load(tmp_path / checkpoints.LAST)
-    assert (checkpoint["epoch"], checkpoint["sample"], checkpoint["history"]) == (0, 0, [])
-
-
-def test_what_a_killed_writer_left_is_removed(folder):
-    (folder / f".{checkpoints.LAST}.12345.tmp").write_bytes(b"half a checkpoint")
-    (folder / f".{METRICS}.12345.tmp").write_bytes(b"half")
-    train(folder, 3)
-    assert not list(folder.glob(".*.tmp"))
 
 
 # Two runs in one folder
@@ -227,7 +214,7 @@ def test_folders_without_locks_are_told(number, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(run.FileLock, "acquire", unsupported)
     with run.locked(tmp_path):
-        assert "no locks there" in capsys.readouterr().out
+        assert "no locks there" in capsys.readouterr().err
 
 
 def test_a_run_without_a_checkpoint_is_not_begun_anew(folder, capsys):
@@ -242,9 +229,7 @@ def test_a_run_without_a_checkpoint_is_not_begun_anew(folder, capsys):
 
 
 def test_no_checkpoint_is_overwritten_by_another_run(folder, whole, tmp_path, capsys):
-    assert "holds a run already" in refused(capsys, "--output_dir", folder)
-    other = tmp_path / "other"
-    shutil.copytree(whole, other)
+    other = shutil.copytree(whole, tmp_path / "other")
     assert "holds a run already" in refused(capsys, "--output_dir", other, "--resume", folder / checkpoints.LAST, "--epochs", 9)
     assert contents(other) == contents(whole)
 
@@ -292,17 +277,10 @@ def test_file_too_large_stops_the_training_and_keeps_the_checkpoint(folder, caps
     assert contents(folder) == before, "the old files and nothing else"
     assert checkpoints.LAST in line or checkpoints.BEST in line
     assert "cannot be written (File too large); make room or choose another --output_dir" in line
-    after = contents(folder)
-    assert all(after[name] == before[name] for name in (checkpoints.LAST, checkpoints.BEST, METRICS))
     assert train(folder, 3) == 0
-
-
-def test_new_run_without_room_says_so_before_it_trains(tmp_path, capsys):
     with largest_file(4096):
-        assert task.main([*TINY, "--output_dir", str(tmp_path / "run")]) == 1
-    printed = capsys.readouterr()
-    assert "cannot be written (File too large)" in printed.err
-    assert "epoch" not in printed.out
+        assert "cannot be written (File too large)" in refused(capsys, "--output_dir", folder / "new")
+    assert not (folder / "new" / METRICS).exists(), "a new run says so before it trains"
 
 
 def test_folder_that_cannot_be_written_to(tmp_path, capsys):
@@ -316,12 +294,16 @@ def test_folder_that_cannot_be_written_to(tmp_path, capsys):
 
 def test_resume_auto_falls_back_to_the_newest_whole_checkpoint(folder, capsys):
     shutil.copy(folder / checkpoints.LAST, folder / checkpoints.BEST)
-    with open(folder / checkpoints.LAST, "r+b") as file:
-        file.truncate(5000)
+    checkpoint = checkpoints.load(folder / checkpoints.BEST)
+    params = checkpoint["params"] | {"backend": "triton", "device": "cuda"}
+    checkpoints.save(folder / checkpoints.BEST, checkpoint | {"params": params})
+    os.truncate(folder / checkpoints.LAST, 5000)
+    assert task.main(["--resume", "auto", "--output_dir", str(folder), "--print_options"]) == 0
+    printed = capsys.readouterr()
+    assert "damaged" in printed.err and "another backend, triton" in printed.err
+    assert yaml.safe_load(printed.out)["memory_size"] == 8, "nothing else is printed"
     assert train(folder, 3) == 0
-    printed = capsys.readouterr().out
-    assert f"warning: {folder / checkpoints.LAST}: damaged" in printed
-    assert f"going back to {folder / checkpoints.BEST}, of epoch 2" in printed
+    assert f"going back to {folder / checkpoints.BEST}, of epoch 2" in capsys.readouterr().err
     assert checkpoints.load(folder / checkpoints.LAST)["epoch"] == 3
 
 
@@ -373,7 +355,7 @@ def test_a_lack_of_memory_without_a_smaller_batch():
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_steps(tmp_path, monkeypatch):
-    steps, resident, step = 10_000, [], task.train_step
+    steps, resident, step = 5_000, [], task.train_step
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 16 * steps)
 
     def counted_step(*arguments, **others):
@@ -384,4 +366,4 @@ def test_memory_does_not_grow_with_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(task, "train_step", counted_step)
     assert task.main([*TINY, "--batch_size", "16", "--epochs", "1", "--output_dir", str(tmp_path)]) == 0
     assert len(resident) == steps
-    assert resident[-1] - resident[steps // 5] < 5
+    assert resident[-1] - resident[steps // 5] < 2.5

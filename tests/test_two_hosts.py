@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import pytest
-from helpers import NETWORK, PATIENCE, Started, assert_same_training, run, wait_for_training
+from helpers import NETWORK, PATIENCE, Started, run, wait_for_training
 
 from utils import checkpoints
 
@@ -43,36 +43,21 @@ def hosts():
     unplug()
 
 
-def start_both(hosts, folder, *words, **environment) -> list[Started]:
-    """The documented commands for two nodes, each with a folder of its own: no file system is shared."""
-    return [
+@pytest.mark.slow
+def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
+    (trace := tmp_path / "trace").mkdir()
+    both = [  # the documented commands for two nodes, each with a folder of its own: no file system is shared
         Started(
-            *(*NETWORK, "--output_dir", folder / host, *words),
+            *(*NETWORK, "--epochs", "1000", "--output_dir", tmp_path / host),
             *("--dist-url", f"tcp://{HOSTS[hosts[0]]}:23456", "--dist-backend", "gloo", "--dist_timeout", str(TIMEOUT)),
             *("--multiprocessing-distributed", "--world-size", "2", "--rank", str(rank)),
             prefix=("ip", "netns", "exec", host),
             OMP_NUM_THREADS="1",
             GLOO_SOCKET_IFNAME="cable",  # this host's own name stands for loopback
-            **environment,
+            SMALL_TASK_TRACE=str(trace),
         )
         for rank, host in enumerate(hosts)
     ]
-
-
-def test_two_nodes_train_as_one_process_does(hosts, single, tmp_path):
-    """--batch_size counts for a node: two nodes with 31 each make up a batch of 62."""
-    first, second = start_both(hosts, tmp_path, "--epochs", "2", "--batch_size", "31")
-    status, out, err = first.end()
-    assert (status, err, second.end()) == (0, "", (0, "", ""))
-    assert out.count("epoch ") == 2
-    assert_same_training(single, tmp_path / hosts[0])
-    assert not (tmp_path / hosts[1]).exists(), "only rank 0 writes"
-
-
-@pytest.mark.slow
-def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
-    (trace := tmp_path / "trace").mkdir()
-    both = start_both(hosts, tmp_path, "--epochs", "1000", SMALL_TASK_TRACE=str(trace))
     wait_for_training(trace, 2)
     folder, start = tmp_path / hosts[0], time.monotonic()
     while not (folder / checkpoints.LAST).exists() and time.monotonic() < start + PATIENCE:
@@ -87,6 +72,7 @@ def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
             err,
         )
     assert time.monotonic() - cut < TIMEOUT + 40
+    assert not (tmp_path / hosts[1]).exists(), "only rank 0 writes"
     epoch = checkpoints.load(folder / checkpoints.LAST)["epoch"]
     status, _, err = run(*NETWORK, "--output_dir", folder, "--resume", "auto", "--epochs", str(epoch + 1))
     assert status == 0, err

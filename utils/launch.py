@@ -41,7 +41,7 @@ _NO_PORT = (
     "and start one --rank 0 only (SLURM: --ntasks-per-node=1)"
 )
 _NOT_MET = (
-    "not all nodes met at {url} within {seconds:g} s; start the node of --rank 0 there and every other one with its own --rank, "
+    "not all nodes met at {url} within {seconds:g} s; start the node of --rank 0 there, every other one with its own --rank, "
     "all with the same --dist_url, --world_size (number of nodes) and number of processes; or wait longer (--dist_timeout "
     "SECONDS); see that no firewall is between, and that nothing else listens there; on hosts whose own name is loopback, set "
     "GLOO_SOCKET_IFNAME to the network interface"
