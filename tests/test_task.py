@@ -73,8 +73,8 @@ def stub(monkeypatch):
     seen = Stub()
     seen.steps, seen.splits, evaluation_set = [], [], data.evaluation_set
 
-    def train_step(network, optimizer, batch, *, batch_size, l2, where, **others):
-        epoch, lr = int(re.match(r"epoch (\d+)", where)[1]) - 1, optimizer.param_groups[0]["lr"]
+    def train_step(network, optimizer, batch, *, batch_size, l2, at, **others):
+        epoch, lr = int(re.match(r"epoch (\d+)", at)[1]) - 1, optimizer.param_groups[0]["lr"]
         seen.steps.append({"epoch": epoch, "lr": lr, "l2": l2, "batch_size": batch_size, "batch": batch})
         sums = {"train_loss": torch.tensor(float(len(batch) ** 2)), "train_accuracy": torch.tensor(100 * (len(batch) // 2))}
         rates = dict.fromkeys(models.POPULATIONS, torch.tensor(5.0 * len(batch)))
