@@ -40,5 +40,5 @@ $(VENV)/demo-ready: requirements.txt requirements-dev.txt
 	touch $@
 
 $(VENV)/test-ready: requirements-dev.txt $(VENV)/demo-ready
-	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	$(RUN) -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	touch $@
