@@ -253,7 +253,7 @@ def train(
     def save(is_best: bool = False) -> None:
         content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "params": params}
         content |= {"epoch": epoch, "sample": sample, "running": running, "history": history}
-        content |= {"best_acc": torch.tensor(best_acc, dtype=torch.float64)}
+        content |= {"best_acc": torch.tensor(best_acc, dtype=torch.float64), "parts": checkpoints.described(model.dynamics)}
         if distributed.is_main():
             run.save(folder, content, is_best)
 
@@ -337,7 +337,7 @@ def build(options: Mapping[str, Any], backend: str, where: torch.device, resume,
     name = models.backends.choose(backend, str(where), model.dynamics, models.store_and_recall)
     print_rank0(f"backend {name} on {where.type}" + device.unused_gpu(where))
     if checkpoint:
-        checkpoints.load_weights(model, checkpoint["state_dict"], resume)
+        checkpoints.load_weights(model, checkpoint, resume)
     return model.to(where), name
 
 

@@ -94,7 +94,7 @@ def main(argv=None) -> None:
     numbers: dict = {}
     if args.checkpoint_path:
         model = model_of(vars(args), "reference")
-        checkpoints.load_weights(model, checkpoint["state_dict"], source)
+        checkpoints.load_weights(model, checkpoint, source)
         samples = data.evaluation_set("test", args.sequence_length, args.num_classes, args.feature_size, args.dataset_seed)
         trial = activity.record(model, *samples[args.example].tensors())
         numbers |= {n: v for n, v in trial._asdict().items() if not isinstance(v, dict)} | {"readout": trial.readout}

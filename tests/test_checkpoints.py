@@ -390,7 +390,7 @@ def test_an_own_neuron_and_an_own_rule_are_to_be_given_again(tmp_path, capsys):
     assert not torch.equal(logits(models.build_model(TINY, "reference")), logits(model))
     saved = r"neuron AdaptiveNeuron\(.*strength=40\.0\), rule OjaRule\(.*eta=0\.1\)"
     for given, message in (
-        ({}, f"has {saved}, not the published neuron and rule; give those that it was saved with: load_model\\("),
+        ({}, f"has {saved}, not the published neuron and rule; give those of the file: --neuron and --rule, or load_model\\("),
         ({"neuron": parts["neuron"]}, rf"has {saved}, not neuron AdaptiveNeuron\(.*\); give"),
         (parts | {"neuron": AdaptiveNeuron(strength=41.0)}, rf"has {saved}, not .*strength=41\.0"),
         (parts | {"rule": HebbianRule()}, rf"has {saved}, not neuron AdaptiveNeuron\([^()]*\); give"),

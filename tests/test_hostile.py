@@ -107,7 +107,7 @@ HARMFUL = {  # what is changed in the file, and what is said
     "a nest of model options": ({"params": {"thr": nest()}}, f"params: thr: {NOT_PLAIN}"),
     "a nest in the history": ({"history": [{"train_loss": nest()}]}, "history: train_loss: holds"),
     "a nest of sums": ({"running": {"loss": nest()}}, "running: loss: holds"),
-    "a nest of parts": ({"parts": nest()}, f"parts: {NOT_PLAIN}"),
+    "a nest of parts": ({"parts": nest()}, "parts: must be a word"),
     "a nest as history": ({"history": nest()}, "not a checkpoint"),
     "a nest as accuracy": ({"best_acc": nest()}, "not a checkpoint"),
     "a nest as epoch": ({"epoch": nest()}, "epoch: must be a whole number"),

@@ -10,7 +10,7 @@ A checkpoint is a `torch.save` dictionary of plain values and tensors. Evaluatin
     optimizer    state of Adam
     history      one dictionary per epoch, the lines of the metrics file
     running      sums over the samples of the unfinished epoch
-    parts        text: neuron and rule of a network that `save_model` saved with others than the published ones
+    parts        text: an own neuron and an own rule with their constants, to compare with; nothing is imported by it
 
 The original implementation's checkpoints are read, too: their `params` is an `argparse.Namespace`, their parameter names may
 carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix of ones that is not learned.
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from models import MemorizingAssociations
+from models import Dynamics, MemorizingAssociations
 from models.neurons import LIFNeuron
 from models.operands import refuse_misspelled
 from models.plasticity import HebbianRule
@@ -63,12 +63,13 @@ def load_model(
     Raises:
         UserError: no such file, damaged, no checkpoint, or of another neuron or rule.
     """
-    checkpoint = load(path, neuron=neuron, rule=rule)
+    checkpoint = load(path)
     try:
         with torch.device("meta"):  # initial weights, which are replaced, take no memory and no random numbers
             model = models.build_model(checkpoint["params"], backend, neuron, rule)
     except ValueError as wrong:
         raise UserError(f"{path}: {wrong}") from wrong
+    _check_parts(model, checkpoint["parts"], path)
     model.load_state_dict(checkpoint["state_dict"], assign=True)
     return model
 
@@ -100,15 +101,15 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
             raise ValueError(f"{name} {value}: the network has {own[name]}")
     params, weights = DEFAULTS | dict(options) | own, _own_names(network.state_dict())
     _check_weights(params, weights, path)
-    save(Path(path), {"params": params, "state_dict": weights, "parts": _described(dynamics.neuron, dynamics.rule)})
+    save(Path(path), {"params": params, "state_dict": weights, "parts": described(dynamics)})
 
 
-def _described(neuron: Any, rule: Any) -> str:
-    """Classes and constants of a neuron and a rule as a text that is the same in every process. None and the published ones,
+def described(dynamics: Dynamics) -> str:
+    """Classes and constants of an own neuron and an own rule as a text that is the same in every process. The published ones,
     whose constants are options, are left out."""
     texts = []
-    for name, part in {"neuron": neuron, "rule": rule}.items():
-        if part is not None and type(part) not in (LIFNeuron, HebbianRule):
+    for name, part in {"neuron": dynamics.neuron, "rule": dynamics.rule}.items():
+        if type(part) not in (LIFNeuron, HebbianRule):
             constants = [f"{field}={_text(getattr(part, field))}" for field in getattr(part, "__dataclass_fields__", ())]
             texts.append(f"{name} {type(part).__name__}({', '.join(constants)})")
     return ", ".join(texts)
@@ -122,10 +123,23 @@ def _text(constant: Any) -> str:
     return getattr(constant, "__qualname__", None) or repr(constant)
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """`model.load_state_dict`. Raises UserError, naming the file, where names or shapes differ."""
+def load_weights(model: MemorizingAssociations, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Give a network the weights of a checkpoint. Raises UserError, naming the file, where it is of another neuron or rule, or
+    of other sizes."""
+    _check_parts(model, checkpoint["parts"], path)
+    _fill(model, checkpoint["state_dict"], path)
+
+
+def _check_parts(model: MemorizingAssociations, saved: str, path: str | Path) -> None:
+    if saved != (own := described(model.dynamics)):
+        usual = "the published neuron and rule"
+        remedy = "give those of the file: --neuron and --rule, or load_model(path, neuron=..., rule=...)"
+        raise UserError(f"{path}: has {shown(saved or usual)}, not {own or usual}; {remedy}")
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     try:
-        model.load_state_dict(state_dict)
+        model.load_state_dict(weights)
     except RuntimeError as failure:
         reasons = shown("; ".join(line.strip() for line in str(failure).splitlines()[1:]))
         raise UserError(f"{path}: does not fit the network ({reasons})") from failure
@@ -179,17 +193,14 @@ def remove_left_behind(path: Path) -> None:
 # Reading
 
 
-def load(path: str | Path, *, neuron: Any = None, rule: Any = None) -> dict[str, Any]:
+def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint: every key described above, the original implementation's converted. What may be absent has the value
     of a new training; `optimizer` is None where the file holds no state of Adam for this network.
 
     Nothing in the file is executed: only tensors and plain values are unpickled.
 
-    Args:
-        neuron, rule: as of `load_model`.
-
     Raises:
-        UserError: no such file, damaged, not such a checkpoint, or of another neuron or rule.
+        UserError: no such file, damaged, or not such a checkpoint.
     """
     path = Path(path)
     try:
@@ -209,12 +220,8 @@ def load(path: str | Path, *, neuron: Any = None, rule: Any = None) -> dict[str,
             "optimizer": _adam(content.get("optimizer", None), weights),
             "history": [_numbers("history", metrics_line(line)) for line in content.get("history", ())],
             "running": _today(_numbers("running", content.get("running", {}))),
-            "parts": _plain("parts", content.get("parts", "")),
+            "parts": _word("parts", content.get("parts", "")),
         }
-        if (saved := checkpoint["parts"]) != (given := _described(neuron, rule)):
-            usual = "the published neuron and rule"
-            remedy = "give those that it was saved with: load_model(path, neuron=..., rule=...)"
-            raise ValueError(f"has {saved or usual}, not {given or usual}; {remedy}")
     except OSError as failure:
         remedy = "; give a checkpoint (...pth.tar) or the folder of a run"
         raise UserError(f"{path}: {reason(failure, path)}{remedy}") from failure
@@ -284,6 +291,12 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
+def _word(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: must be a word")
+    return value
+
+
 def _count(name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value < 10**9:
         raise ValueError(f"{name}: must be a whole number from 0")
@@ -343,7 +356,7 @@ def _check_weights(params: Mapping[str, Any], weights: Mapping[str, Tensor], pat
             raise ValueError(f"state_dict: {name} holds other elements than the file")
     with torch.device("meta"):  # without memory
         network = MemorizingAssociations(*models.constants(params))
-    load_weights(network, {name: weight.to("meta") for name, weight in weights.items() if name != _ONES}, path)
+    _fill(network, {name: weight.to("meta") for name, weight in weights.items() if name != _ONES}, path)
 
 
 def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
