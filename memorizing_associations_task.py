@@ -334,10 +334,10 @@ def build(options: Mapping[str, Any], backend: str, where: torch.device, resume,
     """The network, with initial weights or the checkpoint's, on its device; and the name of the backend that runs it."""
     with out_of_memory_in_one_line(batch_size=0):
         model = model_of(options, backend)
-    name = models.backends.choose(backend, str(where), model.dynamics, models.store_and_recall)
-    print_rank0(f"backend {name} on {where.type}" + device.unused_gpu(where))
     if checkpoint:
         checkpoints.load_weights(model, checkpoint, resume)
+    name = models.backends.choose(backend, str(where), model.dynamics, models.store_and_recall)
+    print_rank0(f"backend {name} on {where.type}" + device.unused_gpu(where))
     return model.to(where), name
 
 

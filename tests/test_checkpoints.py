@@ -385,7 +385,7 @@ def test_constants_changed_in_a_network_are_saved(tmp_path):
 def test_an_own_neuron_and_an_own_rule_are_to_be_given_again(tmp_path, capsys):
     path, parts = tmp_path / "mine.pth.tar", {"neuron": AdaptiveNeuron(strength=40.0), "rule": OjaRule(eta=0.1)}
     model = models.build_model(TINY, "reference", **parts)
-    checkpoints.save_model(path, model)
+    checkpoints.save_model(path, model, {"sequence_length": 2})
     assert torch.equal(logits(checkpoints.load_model(path, "reference", **parts)), logits(model))
     assert not torch.equal(logits(models.build_model(TINY, "reference")), logits(model))
     saved = r"neuron AdaptiveNeuron\(.*strength=40\.0\), rule OjaRule\(.*eta=0\.1\)"
