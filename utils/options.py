@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-[.\d]|-inf|-nan")  # values, not options; argparse's own misses -1e-3
         text = "read options from a YAML file; the command line overrides it, and a later file an earlier one"
         self.add_argument("--config", action="append", default=argparse.SUPPRESS, metavar="FILE.yaml", help=text)
-        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         for name, harmless in REMOVED.items():
             self.add_argument(f"--{name}", type=removed(harmless), nargs="?", const="true", **hidden)
 
