@@ -1,10 +1,10 @@
-"""Another neuron, defined outside the package: with an adaptive threshold, trained and compared with the published one.
+"""A neuron of one's own: its threshold adapts. Train a network of such neurons, then draw the neuron beside the default one:
 
-python -m examples.another_neuron [training steps, backend]
+python memorizing_associations_task.py --config configs/quickstart.yaml --neuron examples.another_neuron:AdaptiveNeuron
+python -m examples.another_neuron
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from examples.another_rule import learn
 from models.constants import constant
 from models.neurons import LIFNeuron, Spike, population
 
@@ -44,16 +43,12 @@ class AdaptiveNeuron(LIFNeuron):
         return AdaptiveState(z, v, r, a)
 
 
-def main(steps: str = "150", backend: str = "reference") -> None:
-    figure, (learning, rate) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name, neuron in (("published", LIFNeuron()), ("adaptive threshold", AdaptiveNeuron())):
-        learn(learning, name, int(steps), backend, neuron=neuron)
-        spikes = population(neuron, torch.linspace(0.1, 1, 100)[None, None], hold=400).spikes[0]  # 100 neurons, 400 ms
-        rate.plot(1000 * spikes.unfold(0, 20, 1).mean((1, 2)), label=name)
-    rate.set(xlabel="time (ms)", ylabel="firing rate (Hz)", title="100 neurons, constant currents")
-    learning.legend()
-    figure.savefig("another_neuron.png", dpi=150)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for name, neuron in (("default", LIFNeuron()), ("adaptive threshold", AdaptiveNeuron())):
+        spikes = population(neuron, torch.linspace(0.1, 1, 100)[None, None], hold=400).spikes[0]  # 400 ms x 100 neurons
+        plt.plot(1000 * spikes.unfold(0, 20, 1).mean((1, 2)), label=name)
+    plt.title("100 neurons, constant currents from 0.1 to 1")
+    plt.xlabel("time (ms)")
+    plt.ylabel("firing rate (Hz)")
+    plt.legend()
+    plt.savefig("another_neuron.png", dpi=150)

@@ -19,7 +19,6 @@ from helpers import assert_same, refuse
 import data
 import memorizing_associations_task as task
 import models
-from examples import use_as_library
 from examples.another_neuron import AdaptiveNeuron
 from examples.another_rule import OjaRule
 from experiments import export
@@ -330,17 +329,6 @@ def test_a_network_is_saved_loaded_and_evaluated(trained, tmp_path):
     assert rows[1]["accuracy"] == "34.0"
     published = logits(checkpoints.load_model(PUBLISHED, "reference"))
     assert torch.equal(logits(checkpoints.load_model(path, "reference")), published)
-
-
-def test_the_example_recalls_trains_and_saves(tmp_path, capsys):
-    tiny = {"num_classes": 20, "num_time_steps": 10, "embedding_size": 8, "memory_size": 8}
-    checkpoints.save_model(tmp_path / "pretrained.pth.tar", models.build_model(tiny), tiny)
-    use_as_library.recall(str(tmp_path / "pretrained.pth.tar"))
-    use_as_library.train(str(tmp_path / "mine.pth.tar"), steps=2)
-    printed = capsys.readouterr().out
-    assert "of 20 vectors recalled" in printed and "memory: 8 x 8 weights" in printed
-    assert "keys while storing: 200 x 8 (ms x neurons)" in printed
-    assert checkpoints.load_model(tmp_path / "mine.pth.tar").sizes.memory_size == 32
 
 
 @pytest.mark.parametrize(
