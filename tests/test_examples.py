@@ -29,8 +29,8 @@ def check_notebook(notebook) -> None:
     assert "20 of 20 images recalled from themselves" in text
     assert int(re.search(r"(\d+) of 20 images recalled from a copy", text)[1]) >= 14
     last = re.findall(r"accuracy +([\d.]+) %.*silent: (.*)", text)[-1]
-    assert float(last[0]) > 90 and last[1] == "none"
-    assert float(re.search(r"([\d.]+) % of 380 recalled", text)[1]) > 80
+    assert float(last[0]) > 95 and last[1] == "none"
+    assert float(re.search(r"([\d.]+) % of 380 recalled", text)[1]) > 85
     assert json.dumps(notebook).count('"image/png"') == 7
 
 
