@@ -22,27 +22,31 @@ from models.plasticity import HebbianRule
 class Slow(LIFNeuron):
     slowness: float = constant(2.0)
 
-    @property
-    def alpha(self):
-        return super().alpha ** (1 / self.slowness)
-
 slow = Slow(tau_mem=7.0, slowness=3.0)
 
 class Frozen(HebbianRule):
     def update(self, memory, value_trace, key_trace):
         return memory
 """
+OWN = ["--neuron", "mine:Slow", "--rule", "mine:Frozen"]
+COMMANDS = {
+    "resumed": (task.main, ["--resume", "auto", "--output_dir", "run", "--epochs", "2"]),
+    "tested": (task.main, ["--resume", "run", "--evaluate"]),
+    "drawn": (plot.main, ["--checkpoint_path", "run", "--figure", "memory"]),
+}
 
 
 @pytest.fixture(autouse=True)
-def mine(tmp_path, monkeypatch):
-    """A module in the folder where the scripts are started."""
+def built(tmp_path, monkeypatch):
+    """A module in the folder where the scripts are started, and the networks that they build."""
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 100)
     monkeypatch.setattr(data, "EVALUATION_SAMPLES", {"validation": 20, "test": 20})
-    yield
+    built, build_model = [], task.models.build_model
+    monkeypatch.setattr(task.models, "build_model", lambda *a, **k: built.append(build_model(*a, **k)) or built[-1])
+    yield built
     sys.modules.pop("mine", None)
 
 
@@ -50,12 +54,10 @@ def run(*words) -> int:
     return task.main([*TINY, "--epochs", "1", "--output_dir", "run", *words])
 
 
-def test_a_run_with_an_own_neuron_and_rule_is_resumed_tested_and_drawn(tmp_path, monkeypatch, capsys):
-    own = ["--neuron", "mine:Slow", "--rule", "mine:Frozen", "--tau_mem", "5"]
-    built = []
-    build_model = task.models.build_model
-    monkeypatch.setattr(task.models, "build_model", lambda *a, **k: built.append(build_model(*a, **k)) or built[-1])
-    assert run(*own) == 0
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_with_an_own_neuron_and_rule_is_resumed_tested_and_drawn(command, built, capsys):
+    main, words = COMMANDS[command]
+    assert run(*OWN, "--tau_mem", "5") == 0
     dynamics = built[-1].dynamics
     assert (type(dynamics.neuron).__name__, dynamics.neuron.tau_mem, dynamics.neuron.slowness) == ("Slow", 5.0, 2.0)
     assert type(dynamics.rule).__name__ == "Frozen"
@@ -63,53 +65,34 @@ def test_a_run_with_an_own_neuron_and_rule_is_resumed_tested_and_drawn(tmp_path,
     assert (record["neuron"], record["rule"]) == ("mine:Slow", "mine:Frozen")
 
     sys.modules.pop("mine")
-    commands = {
-        "resumed": (task.main, ["--resume", "auto", "--output_dir", "run", "--epochs", "2"]),
-        "tested": (task.main, ["--resume", "run", "--evaluate"]),
-        "drawn": (plot.main, ["--checkpoint_path", "run", "--figure", "memory"]),
-    }
-    for main, words in commands.values():
-        line = refuse(capsys, *words, status=2, main=main)
-        assert "give --neuron mine:Slow --rule mine:Frozen again" in line
-        assert "mine" not in sys.modules  # the checkpoint names the module, and that is not enough to import it
-        assert "neuron mine:slow (checkpoint: mine:Slow)" in refuse(
-            capsys, *words, "--neuron", "mine:slow", "--rule", "mine:Frozen", status=2, main=main
-        )
-        sys.modules.pop("mine")
-    for main, words in commands.values():
-        assert main([*words, *own[:4]]) == 0
-        assert type(built[-1].dynamics.neuron).__name__ == "Slow" and built[-1].dynamics.neuron.tau_mem == 5
-
-
-def test_an_object_brings_its_constants(capsys):
-    assert task.main([*TINY, "--neuron", "mine:slow", "--print_options"]) == 0
-    assert "tau_mem: 7.0" in capsys.readouterr().out
-    line = refuse(capsys, *TINY, "--neuron", "mine:slow", "--tau_mem", 5, "--output_dir", "run", status=2)
-    assert "tau_mem 5.0: the neuron that is given has 7.0" in line
+    assert f"give {' '.join(OWN)} again" in refuse(capsys, *words, status=2, main=main)
+    assert "mine" not in sys.modules  # the checkpoint names the module, and that is not enough to import it
+    other = ["--neuron", "mine:slow", *OWN[2:]]
+    assert "neuron mine:slow (checkpoint: mine:Slow)" in refuse(capsys, *words, *other, status=2, main=main)
+    assert main([*words, *OWN]) == 0
+    assert checkpoints.described(built[-1].dynamics) == checkpoints.described(dynamics)
 
 
 @pytest.mark.parametrize(
-    ("text", "status", "said"),
+    ("words", "status", "said"),
     [
-        ("mine", 2, "must be MODULE:NAME"),
-        ("nothing:Here", 1, "No module named 'nothing'"),
-        ("mine:Fast", 1, "has no attribute 'Fast'"),
+        ("--neuron mine", 2, "--neuron: must be MODULE:NAME"),
+        ("--neuron nothing:Here", 1, "No module named 'nothing'"),
+        ("--rule mine:Fast", 1, "has no attribute 'Fast'"),
+        ("--neuron mine:slow --tau_mem 5", 2, "tau_mem 5.0: the neuron that is given has 7.0"),
     ],
 )
-def test_what_cannot_be_imported_is_named(capsys, text, status, said):
-    line = refuse(capsys, *TINY, "--neuron", text, status=status)
-    assert "--neuron" in line and said in line
+def test_what_cannot_be_used_is_named(capsys, words, status, said):
+    assert said in refuse(capsys, *TINY, *words.split(), "--output_dir", "run", status=status)
 
 
-def test_a_network_of_the_paper_is_not_taken_for_one_with_an_own_neuron(capsys):
+def test_another_network_is_not_taken_for_one_with_an_own_neuron(tmp_path, capsys):
     assert run() == 0
-    line = refuse(capsys, "--resume", "run", "--evaluate", "--neuron", "mine:Slow", status=2)
-    assert "options differ: neuron mine:Slow (checkpoint: )" in line
-
-
-def test_other_constants_of_the_own_neuron_are_refused(tmp_path, capsys):
+    tested = ["--resume", "run", "--evaluate", "--neuron", "mine:Slow"]
+    assert "options differ: neuron mine:Slow (checkpoint: )" in refuse(capsys, *tested, status=2)
+    (tmp_path / "run").rename(tmp_path / "other")
     assert run("--neuron", "mine:Slow") == 0
     (tmp_path / "mine.py").write_text(MINE.replace("constant(2.0)", "constant(2.5)"))
     sys.modules.pop("mine")
-    line = refuse(capsys, "--resume", "run", "--evaluate", "--neuron", "mine:Slow")
+    line = refuse(capsys, *tested)
     assert "2.0" in line and "2.5" in line
