@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import math
 import os
 import re
@@ -13,12 +12,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from golden import PUBLISHED
-from helpers import GLOO, assert_same_run, free_port, history, refuse
+from helpers import assert_same_run, history, refuse
 from torch.nn.functional import cross_entropy
 
 import data
@@ -65,29 +65,19 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Training without computation: counts of what the loop asks for, and validation results to be set."""
-
-    class Stub:
-        rates, validation, steps, splits = 5.0, (), [], []
-
-    seen = Stub()
-    seen.steps, seen.splits, evaluation_set = [], [], data.evaluation_set
+    """Training without computation: `steps` and `splits` that the loop asks for; `rate` and `validation` are to be set."""
+    seen = SimpleNamespace(rate=5.0, validation={}, steps=[], splits=[])
+    evaluation_set = data.evaluation_set
 
     def train_step(network, optimizer, batch, *, batch_size, l2, at, **others):
         epoch, lr = int(re.match(r"epoch (\d+)", at)[1]) - 1, optimizer.param_groups[0]["lr"]
         seen.steps.append({"epoch": epoch, "lr": lr, "l2": l2, "batch_size": batch_size, "batch": batch})
-        sums = {"train_loss": torch.tensor(float(len(batch) ** 2)), "train_accuracy": torch.tensor(100 * (len(batch) // 2))}
-        rates = dict.fromkeys(models.POPULATIONS, torch.tensor(5.0 * len(batch)))
-        return (
-            sums
-            | {"rate_regularization": torch.tensor(7.0 * len(batch))}
-            | rates
-            | {"read_value": torch.tensor(seen.rates * len(batch))}
-        )
+        means = {"train_loss": len(batch), "train_accuracy": 50, "rate_regularization": 7}
+        means |= dict.fromkeys(models.POPULATIONS, 5) | {"read_value": seen.rate}
+        return {name: torch.tensor(float(mean * len(batch))) for name, mean in means.items()}
 
     def evaluate(model, samples, batch_size, where):
-        epoch = seen.steps[-1]["epoch"]
-        loss, accuracy = seen.validation[epoch] if seen.validation else (1.0, 50.0)
+        loss, accuracy = seen.validation.get(seen.steps[-1]["epoch"], (1.0, 50.0))
         return {"loss": loss, "accuracy": accuracy}
 
     def recorded_set(split, *sizes, **others):
@@ -162,20 +152,6 @@ def test_two_epochs_of_the_script_are_two_steps_of_the_equations(tmp_path):
     by_hand.assert_same_weights(checkpoints.load(tmp_path / checkpoints.LAST)["state_dict"].values(), 1e-5)
 
 
-def test_a_step_of_the_benchmark_is_that_of_the_second_epoch():
-    from benchmarks import training_step
-
-    case = {"network": training_step.NEW, "length": 2, "memory_size": 20, "batch": 8}
-    changes = {"num_time_steps": 30, "max_grad_norm": 0.05, "learning_rate": 0.01}
-    training = training_step.Training(case, "reference", "cpu", torch.float64, **changes)
-    by_hand = ByHand(training.model, 0.05)
-    for number in range(2):
-        training.draw(number)
-        training.step()
-        by_hand.step(training.batch, 0.01, 1e-5)
-    by_hand.assert_same_weights(training.model.parameters(), 1e-6)
-
-
 def test_the_loop_takes_every_sample_once_and_weighs_the_last_smaller_batch(stub, tmp_path):
     assert train(tmp_path, epochs=2) == 0
     assert [step["batch_size"] for step in stub.steps] == 2 * [128, 128, 44]
@@ -194,30 +170,23 @@ def test_learning_rate_and_strength_of_the_regularization_in_every_epoch(stub, t
     assert [line["learning_rate"] for line in history(tmp_path)] == [0.8, 0.8, 0.4, 0.4, 0.2]
 
 
-def shown(folder, stub, *words, epochs=2) -> list[torch.Tensor]:
-    """The queries of each epoch, in their order."""
-    stub.steps.clear()
-    assert train(folder, *words, epochs=epochs) == 0
-    queries = {epoch: [step["batch"].query for step in stub.steps if step["epoch"] == epoch] for epoch in range(epochs)}
-    return [torch.cat(of_epoch) for of_epoch in queries.values()]
-
-
-def test_fresh_samples_every_epoch_or_one_set_in_a_new_order(stub, tmp_path):
-    first, second = shown(tmp_path / "fresh", stub)
-    assert not torch.isin(first, second).any()
-    first, second = shown(tmp_path / "fixed", stub, "--inf_data", 0)
+@pytest.mark.parametrize("fresh", [1, 0])
+def test_fresh_samples_every_epoch_or_one_set_in_a_new_order(fresh, stub, tmp_path):
+    assert train(tmp_path, "--inf_data", fresh, epochs=2) == 0
+    first, second = (torch.cat([step["batch"].query for step in of_epoch]) for of_epoch in (stub.steps[:3], stub.steps[3:]))
     assert not torch.equal(first, second)
-    assert torch.equal(first.sort(0)[0], second.sort(0)[0])
+    assert torch.equal(first.sort(0)[0], second.sort(0)[0]) == (not fresh)
+    assert torch.isin(first, second).any() == (not fresh)
 
 
 def test_epochs_have_the_lengths_of_the_curriculum(stub, tmp_path):
     words = "--sequence_length 5 --num_classes 6 --curriculum_start 1 --curriculum_step 2".split()
-    shown(tmp_path / "grown", stub, *words, epochs=4)
+    assert train(tmp_path, *words, epochs=4) == 0
     assert [step["batch"].labels.shape[1] for step in stub.steps] == [1, 1, 1, 3, 3, 3, 5, 5, 5, 5, 5, 5]
 
 
 def test_the_best_network_is_the_most_accurate_on_validation_data_alone(stub, tmp_path):
-    stub.validation = [(2.0, 50.0), (0.1, 40.0), (3.0, 60.0), (0.5, 60.0)]  # loss and accuracy disagree
+    stub.validation = dict(enumerate([(2.0, 50.0), (0.1, 40.0), (3.0, 60.0), (0.5, 60.0)]))  # loss and accuracy disagree
     assert train(tmp_path, epochs=4) == 0
     best, last = (checkpoints.load(tmp_path / name) for name in (checkpoints.BEST, checkpoints.LAST))
     assert (best["epoch"], best["best_acc"], last["best_acc"]) == (3, 60, 60)
@@ -278,14 +247,6 @@ def test_a_run_folder_holds_options_checkpoints_and_metrics(undisturbed):
     }
 
 
-def test_old_metrics_files_are_read_in_the_new_form(undisturbed, tmp_path):
-    line = read_metrics(undisturbed / "metrics.jsonl")[0]
-    rates = {name: line[name] for name in models.POPULATIONS}
-    others = {name: value for name, value in line.items() if name not in rates}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(others | {"epoch": 0, "rates": rates}) + "\n")
-    assert read_metrics(tmp_path / "metrics.jsonl") == [line]
-
-
 def test_options_of_a_run_repeat_it_whatever_the_number_of_workers(undisturbed, tmp_path):
     words = ["--config", undisturbed / "options.yaml", "--output_dir", tmp_path, "--workers", 2]
     assert task.main([str(word) for word in words]) == 0
@@ -324,29 +285,10 @@ def test_resuming_continues_exactly(undisturbed, tmp_path, monkeypatch, capsys):
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_signal_during_the_last_validation_ends_a_finished_run_well(undisturbed, tmp_path, monkeypatch):
-    evaluate, done = task.evaluate, []
-
-    def interrupted(*arguments):
-        done.append(1)
-        if len(done) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(task, "evaluate", interrupted)
-    assert train(tmp_path) == 0
-    assert_same_run(tmp_path, undisturbed)
-
-
 def test_a_training_in_a_thread(tmp_path, stub):
     """As agents in notebooks do; Python gives signals to the main thread alone."""
     with ThreadPoolExecutor() as threads:
         assert threads.submit(train, tmp_path, epochs=1).result() == 0
-
-
-def test_a_training_without_standard_error(tmp_path, stub, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)
-    assert train(tmp_path, "--resume", "auto", epochs=1) == 0
 
 
 def test_curriculum_and_fixed_data_resume_exactly(tmp_path):
@@ -387,13 +329,8 @@ def evaluate(capsys, *arguments):
 
 
 @pytest.mark.parametrize(("length", "accuracy"), [(2, 34.0), (3, 35.55)])
-def test_published_checkpoint_evaluates(capsys, tmp_path, length, accuracy):
-    path = PUBLISHED
-    if length == 3:  # as DistributedDataParallel names weights
-        path, checkpoint = tmp_path / "prefixed.pth.tar", checkpoints.load(PUBLISHED)
-        weights = {f"module.{name}": weight for name, weight in checkpoint["state_dict"].items()}
-        checkpoints.save(path, checkpoint | {"state_dict": weights})
-    found = evaluate(capsys, "--resume", path, "--sequence_length", length, "--device", "cpu")
+def test_published_checkpoint_evaluates(capsys, length, accuracy):
+    found = evaluate(capsys, "--resume", PUBLISHED, "--sequence_length", length, "--device", "cpu")
     assert abs(found - accuracy) <= 0.2  # rounding may flip a spike of a few samples
 
 
@@ -417,13 +354,8 @@ def test_a_table_of_the_best_network_of_a_run_stands_beside_it_or_where_it_is_as
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
     evaluate(capsys, *words, "--output_dir", tmp_path / "new")
     assert (tmp_path / "new" / "accuracy_by_length.csv").read_text() == table
-
-
-def test_the_result_is_printed_where_the_table_cannot_be_written(undisturbed, tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").write_text("")
-    assert task.main(["--resume", str(undisturbed), "--evaluate", "--output_dir", str(tmp_path / "file" / "x")]) == 1
-    printed = capsys.readouterr()
-    assert " * Acc " in printed.out and "cannot be written" in printed.err
+    words = ["--resume", undisturbed, "--evaluate", "--output_dir", tmp_path / "new" / "accuracy_by_length.csv"]
+    assert "cannot be written" in refuse(capsys, *words)  # and the result is printed all the same
 
 
 def test_a_network_that_diverges_names_the_constants(tmp_path, capsys):
@@ -434,12 +366,6 @@ def test_a_network_that_diverges_names_the_constants(tmp_path, capsys):
 
 
 # What a run says and records
-
-
-def test_the_start_says_what_is_trained(tmp_path, capsys, stub):
-    assert train(tmp_path, epochs=1) == 0
-    out = capsys.readouterr().out
-    assert "2,720 parameters learn 2 pairs of 3 classes: epochs 1 to 1 of 300 samples, 128 in a step" in out
 
 
 def test_a_log_gets_a_line_a_minute_with_the_time_left_at_the_speed_after_the_first_step(monkeypatch, capsys):
@@ -455,25 +381,21 @@ def test_a_log_gets_a_line_a_minute_with_the_time_left_at_the_speed_after_the_fi
 
 
 def test_silence_is_reported_when_it_begins_and_when_it_ends(tmp_path, capsys, stub):
-    def rates(*values):
-        for epoch, stub.rates in enumerate(values, start=1):
-            assert train(tmp_path, *(["--resume", "auto"] if epoch > 1 else []), epochs=epoch) == 0
-
-    rates(5.0, 0.0, 0.001, 2.0)
+    for epoch, stub.rate in enumerate((5.0, 0.0, 0.001, 2.0), start=1):
+        assert train(tmp_path / "run", *(["--resume", "auto"] if epoch > 1 else []), epochs=epoch) == 0
     out = capsys.readouterr().out
     assert out.count("read_value fell silent") == out.count("read_value fires again") == 1
     assert "--curriculum_start" not in out  # sequences of 2 pairs: there is nothing shorter to begin with
-    stub.rates = 0.0
+    stub.rate = 0.0
     assert train(tmp_path / "longer", "--num_classes", 4, "--sequence_length", 4, epochs=1) == 0
     assert "; --curriculum_start 2 avoids it" in capsys.readouterr().out
 
 
-def test_options_of_the_run_come_from_its_checkpoint(undisturbed, tmp_path, stub):
-    assert train(tmp_path / "run", "--backend", "reference", "--logging", epochs=1) == 0
-    assert task.main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
-    record = yaml.safe_load((tmp_path / "run" / "options.yaml").read_text())
-    assert (record["backend"], record["device"], record["logging"], record["epochs"]) == ("reference", "cpu", True, 2)
-    assert yaml.safe_load((undisturbed / "options.yaml").read_text())["backend"] == "cpp"  # what auto was
+def test_options_of_the_run_come_from_its_checkpoint(tmp_path, stub):
+    assert train(tmp_path, "--backend", "reference", epochs=1) == 0
+    assert task.main(["--resume", str(tmp_path), "--epochs", "2"]) == 0
+    record = yaml.safe_load((tmp_path / "options.yaml").read_text())
+    assert (record["backend"], record["device"], record["memory_size"], record["epochs"]) == ("reference", "cpu", 20, 2)
     assert not record.keys() & {"world_size", "rank", "dist_url", "gpu", "resume", "output_dir"}
 
 
@@ -491,28 +413,22 @@ def test_the_record_says_what_changed_and_when(tmp_path, stub, capsys):
     assert train(tmp_path, epochs=2) == 0
     before = (tmp_path / "options.yaml").read_text()
     assert train(tmp_path, "--resume", "auto", "--learning_rate", 0.01, "--batch_size", 60, epochs=3) == 0
-    out = capsys.readouterr().out
-    assert "from here on learning_rate 0.01 (checkpoint: 0.003)" in out
-    assert "warning: a step takes 60 samples, not 128 as before" in out
-    assert train(tmp_path, "--resume", "auto", epochs=4) == 0
-    started, command, resumed, _, third, _, empty, *_ = (tmp_path / "options.yaml").read_text().splitlines()
-    assert before.startswith(f"{started}\n{command}\n\n")
+    assert "warning: a step takes 60 samples, not 128 as before" in capsys.readouterr().out
+    started, command, resumed, _, empty, *_ = (tmp_path / "options.yaml").read_text().splitlines()
+    assert before.startswith(f"{started}\n{command}\n\n") and not empty
     assert re.match(r"# started [-\d]+ [:\d]+ in epoch 1 .* cpp on cpu.*host .*commit .*Python 3.*PyTorch", started)
     assert command == f"#   {shlex.join(['python', *sys.argv])}"
-    assert "in epoch 3" in resumed and "learning_rate 0.01 (checkpoint: 0.003)" in resumed
-    assert re.match("# resumed .* in epoch 4 after 0 samples: .*, epochs 4 [(]checkpoint: 3[)]", third) and not empty
+    assert re.match(r"# resumed .* in epoch 3 after 0 samples: .*learning_rate 0\.01 [(]checkpoint: 0\.003[)]", resumed)
 
 
 def test_the_commit_is_marked_where_files_differ_from_it(tmp_path, monkeypatch):
-    """A copy without its repository is unknown, also inside another repository or where GIT_DIR names one."""
+    """A copy without its repository is unknown."""
     monkeypatch.setattr(run, "__file__", str(tmp_path / "utils" / "program.py"))
-    monkeypatch.setenv("GIT_DIR", str(Path(task.__file__).with_name(".git")))
     assert run.commit() == "unknown"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
     (tmp_path / "program.py").write_text("1")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"]):
         subprocess.run([*git, *words], check=True, env={"PATH": os.environ["PATH"]})
-    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "nothing"))  # as in a hook of another repository
     clean = run.commit()
     assert re.fullmatch("[0-9a-f]{10}", clean)
     (tmp_path / "program.py").write_text("2")
@@ -539,89 +455,57 @@ def test_differing_model_options_can_be_forced(undisturbed, capsys):
     assert "does not fit the network" in refuse(capsys, *words, "--memory_size", 30)
 
 
-def test_a_branch_has_a_checkpoint_from_the_first_moment(undisturbed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(task, "train_step", lambda *_, **__: exit())
-    with contextlib.suppress(SystemExit):
-        train(tmp_path / "new", "--resume", undisturbed, epochs=4)
-    assert_same_run(tmp_path / "new", undisturbed)
-    assert (tmp_path / "new" / "options.yaml").read_text().startswith("# started ")
-
-
-def test_the_last_line_names_no_file_that_is_not_there(undisturbed, tmp_path, stub, capsys):
-    stub.validation = {3: (1.0, 0.0)}
-    assert train(tmp_path, "--resume", undisturbed, epochs=4) == 0
-    assert "model_best" not in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_runs_of_the_same_second_have_a_folder_each(tmp_path, stub, capsys, monkeypatch):
+def test_runs_of_the_same_second_have_a_folder_each(tmp_path, stub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run.time, "strftime", lambda *_: "now")
     for _ in range(2):
         assert task.main([*TINY, "--epochs", "1"]) == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"now", "now-2"}
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in refuse(capsys, *TINY, "--logging")
-    assert "no such device" in refuse(capsys, *TINY, "--device", "gpu")
 
 
 def test_tensorboard_is_cut_back_with_the_run(tmp_path, stub):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def steps() -> list[int]:
-        log = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-        log.Reload()
-        return [event.step for event in log.Scalars("train_loss")]
-
-    assert train(tmp_path / "run", "--logging", epochs=2) == 0
-    earlier = (tmp_path / "run" / checkpoints.LAST).read_bytes()
-    assert train(tmp_path / "run", "--resume", "auto", epochs=4) == 0
-    assert steps() == [1, 2, 3, 4]
-    (tmp_path / "run" / checkpoints.LAST).write_bytes(earlier)
-    assert train(tmp_path / "run", "--resume", "auto", epochs=3) == 0
-    assert steps() == [1, 2, 3]
+    assert train(tmp_path, "--logging", epochs=2) == 0
+    earlier = (tmp_path / checkpoints.LAST).read_bytes()
+    assert train(tmp_path, "--resume", "auto", epochs=4) == 0
+    (tmp_path / checkpoints.LAST).write_bytes(earlier)
+    assert train(tmp_path, "--resume", "auto", epochs=3) == 0
+    log = EventAccumulator(str(tmp_path / "tensorboard"))
+    log.Reload()
+    assert [event.step for event in log.Scalars("train_loss")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        ("--resume nowhere.pth.tar", "nowhere.pth.tar: no such file"),
         ("--resume auto", "--output_dir"),
         ("--resume .", "--resume .: no checkpoint in ."),
         ("--resume auto --evaluate --output_dir .", "no checkpoint in ."),
         ("--evaluate", "--evaluate needs a checkpoint"),
         ("--device tpu", "--device tpu"),
         ("--gpu 99", "--device cuda:99"),
+        ("--logging", "pip install tensorboard"),
     ],
 )
 def test_what_is_missing_is_named(capsys, tmp_path, monkeypatch, arguments, names):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert names in refuse(capsys, *arguments.split())
 
 
-@pytest.mark.parametrize(
-    "reader",
-    [pytest.param("that goes", marks=pytest.mark.slow), "of a full disk", pytest.param("closed", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("reader", ["that goes", "of a full disk"])
 def test_training_outlives_its_output(tmp_path, reader):
-    folder = tmp_path / "rün"
-    command = [sys.executable, task.__file__, *TINY, *"--num_time_steps 4 --epochs 2 --output_dir".split(), str(folder)]
+    command = [sys.executable, task.__file__, *TINY, *"--num_time_steps 4 --epochs 2 --output_dir".split(), str(tmp_path)]
     if reader == "that goes":
         read, write = os.pipe()
         os.close(read)
-    elif os.path.exists("/dev/full"):
-        write = os.open("/dev/full", os.O_WRONLY)
     else:
-        pytest.skip("no /dev/full here")
-    if reader == "closed":  # both, as of a daemon, here with two processes
-        words = [*GLOO, "--processes_per_node", "2", "--dist_url", f"tcp://127.0.0.1:{free_port()}"]
-        command = ["sh", "-c", '"$0" "$@" >&- 2>&-', *command, *words]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+        write = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert ("continuing without it" in done.stderr) == (reader == "of a full disk")
-    assert len(read_metrics(folder / "metrics.jsonl")) == 2
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_presets_are_valid(capsys):
