@@ -155,17 +155,18 @@ def read_curves(places: Sequence[str], table: str, needed: Sequence[str], agains
     Args:
         against: the option of a sweep, which is no part of the label.
     """
-    runs = [run for place in filter(None, places) for run in results.read_results(Path(place)) if getattr(run, table)]
-    results.refuse_copies(runs)
+    runs = [run for run in results.read_results(*map(Path, places)) if getattr(run, table)]
+    if places and not runs:
+        raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
     parser = Parser("")
     defaults = {name: parser.get_default(name) for name in task.add_options(parser)}
     if against and against not in defaults:
         raise UsageError(f"--against {against}: not an option of the task script")
     found = []
     for run, label in zip(runs, results.labels(runs, defaults, against), strict=True):
-        columns, options = results.columns(getattr(run, table)), (defaults if run.options else {}) | run.options
+        columns, options = results.columns(getattr(run, table)), (defaults | run.options if run.options else {})
         if missing := [name for name in needed if name not in columns]:
-            raise UserError(f"{' '.join(places)}: no numbers for {', '.join(missing)}")
+            raise UserError(f"{run.name}: no numbers for {', '.join(missing)}")
         if options.get("curriculum_start") and table == "metrics":
             curriculum = [options[name] for name in ("sequence_length", "curriculum_start", "curriculum_step")]
             lengths = [data.training_length(int(epoch) - 1, *curriculum) for epoch in columns["epoch"]]
@@ -173,22 +174,17 @@ def read_curves(places: Sequence[str], table: str, needed: Sequence[str], agains
         classes = columns["num_classes"][0] if "num_classes" in columns else options.get("num_classes")
         trained = columns["trained_length"][0] if "trained_length" in columns else options.get("sequence_length")
         found.append(curves.Curves(label, columns, classes and int(classes), trained and int(trained), options.get(against)))
-    if any(places) and not found:
-        raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
     return found
 
 
 def print_by_option(runs: Sequence[curves.Curves], option: str) -> None:
     """A line for the repetitions of each value, in order; the mean is that of the runs that learned."""
     print(f"{option:<16s}  learned    best validation accuracy, %")
-    for label in dict.fromkeys(run.label for run in runs):
-        for value in curves.option_values(runs):
-            alike = [run for run in runs if (run.label, run.option) == (label, value)]
-            learned = [curves.best(run) for run in alike if run.has_learned()]
+    for label, values in curves.by_option(runs).items():
+        for value, (learned, others) in values.items():
             mean = f"{np.mean(learned):.2f}" if learned else "-"
-            each = ", ".join(f"{curves.best(run):.2f}" for run in alike)
-            if alike:
-                print(f"{value!s:<16s}  {len(learned)} of {len(alike)}     {mean:>6s}  ({each})  {label}")
+            each = ", ".join(f"{accuracy:.2f}" for accuracy in learned + others)
+            print(f"{value!s:<16s}  {len(learned)} of {len(learned + others)}     {mean:>6s}  ({each})  {label}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Runs are read from their folders, or from where --copy kept them (see utils/resu
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +25,6 @@ from utils.figures import curves, save
 from utils.figures.style import BLACK, DASHED, GREY, ONE_COLUMN, SERIES, TWO_COLUMNS, heading, new_figure, styled
 from utils.metrics import to_csv
 from utils.results import GROUP, Result, columns, read_results, write_groups
-from utils.run import OPTIONS
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
 # The groups in the figures of accuracy, and their labels; where there are none of them: all groups.
@@ -63,7 +61,7 @@ def main(argv=None) -> int:
     results = read_results(args.runs)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.copy is not None:
-        keep([with_commands(result, args.runs) for result in results if result.tests], args.output_dir, args.copy)
+        keep([result for result in results if result.tests], args.output_dir, args.copy)
         results = read_results(args.output_dir)
     rows = [summary(result) for result in results]
     (args.output_dir / "table.csv").write_text(to_csv(rows), encoding="utf-8")
@@ -84,14 +82,6 @@ def keep(results: list[Result], folder: Path, group: str) -> None:
     write_groups(kept.values(), folder)
 
 
-def with_commands(result: Result, root: Path) -> Result:
-    """A run that no sweep started has its commands, and their commits, in the head of its options."""
-    path = root / result.name / OPTIONS
-    head = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = [": ".join(words) for words in re.findall(r"^# .* commit (\w+).*\n#   (.*)", head, re.MULTILINE)]
-    return result if result.commands else result._replace(commands=found)
-
-
 # The table
 
 
@@ -100,7 +90,7 @@ def summary(result: Result) -> dict[str, Any]:
     options, metrics = result.options, result.metrics
     validation = [line["validation_accuracy"] for line in metrics]
     best = int(np.argmax(validation)) if metrics else None
-    threshold = (100 / options["sequence_length"] + 100) / 2  # halfway from guessing one of the labels shown to 100 %
+    threshold = curves.halfway(options["sequence_length"])
     learned = next((epoch for epoch, accuracy in enumerate(validation, start=1) if accuracy > threshold), None)
     seconds = sum(line.get("seconds", 0) for line in metrics)
     return {
@@ -153,8 +143,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     alike: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        group = row["run"].rpartition("/")[0]
-        alike.setdefault((group, row["sequence_length"], row["num_classes"], row["training"], row["of_epochs"]), []).append(row)
+        key = group_of(row["run"]), row["sequence_length"], row["num_classes"], row["training"], row["of_epochs"]
+        alike.setdefault(key, []).append(row)
     for (group, length, classes, training, of_epochs), seeds in alike.items():
         unfinished = [f"seed {row['seed']}: {row['epochs']}, unfinished" for row in seeds if row["state"] == "unfinished"]
         epochs = f"{of_epochs}" + (f" ({', '.join(unfinished)})" if unfinished else "")
@@ -189,14 +179,18 @@ def figures(results: list[Result], rows: list[dict[str, Any]]):
         yield "accuracy_against_length", accuracy_against_length(full)
     # Out of distribution: with as many classes as pairs, longer sequences than those trained on do not exist.
     outcomes = {row["run"]: row["outcome"] for row in rows}
-    apart = [r for r in results if len(r.tests) > 1 and r.options["num_classes"] > r.options["sequence_length"]]
-    if apart:
-        labels = line_labels(result.name.rpartition("/")[0] for result in apart)
-        runs = [(run, label) for group, label in labels.items() for run in apart if run.name.rpartition("/")[0] == group]
-        named = [(label or way_of_training(run.options), run) for run, label in runs]  # a run may be without a group
-        named = [(label + ", silent" * (outcomes[run.name] == "silent"), run) for label, run in named]
-        drawn = [curves.Curves(n, columns(r.tests), r.options["num_classes"], r.options["sequence_length"]) for n, r in named]
+    apart = [run for run in results if len(run.tests) > 1 and run.options["num_classes"] > run.options["sequence_length"]]
+    drawn = []
+    for group, label in line_labels(map(group_of, (run.name for run in apart))).items():
+        for run in (run for run in apart if group_of(run.name) == group):
+            words = (label or way_of_training(run.options)) + ", silent" * (outcomes[run.name] == "silent")
+            drawn.append(curves.Curves(words, columns(run.tests), run.options["num_classes"], run.options["sequence_length"]))
+    if drawn:
         yield "accuracy_by_tested_length", curves.accuracy_by_length(drawn)
+
+
+def group_of(run: str) -> str:
+    return run.rpartition("/")[0]
 
 
 def line_labels(groups: Iterable[str]) -> dict[str, str]:
@@ -210,13 +204,12 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
     """Test accuracy by length: one panel of the published options, and one of other trainings, where there are any."""
     published = [row for row in rows if row["training"] == "published options"]
     others = [row for row in rows if row["training"] != "published options"]
-    panels = [("Published options", published, draw_seeds), ("Other trainings", others, draw_means)]
-    panels = [panel for panel in panels if panel[1]]
+    panels = [panel for panel in (("Published options", published), ("Other trainings", others)) if panel[1]]
     figure = new_figure(TWO_COLUMNS if len(panels) > 1 else ONE_COLUMN, 82)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     longest = max(3, *(row["sequence_length"] for row in rows))
-    for ax, letter, (title, found, draw) in zip(axes, "ab", panels, strict=False):
-        draw(ax, by_budget(found))
+    for ax, letter, (title, found) in zip(axes, "ab", panels, strict=False):
+        draw_lines(ax, found, means=found is others)
         lengths = np.linspace(2, longest, 100)
         ax.plot(lengths, 100 / lengths, color=GREY, lw=0.6, ls=DASHED, label="chance: one of the labels shown")
         if len(panels) > 1:
@@ -226,49 +219,34 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def by_budget(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Label and number of epochs -> rows, those of LINES."""
-    labels, found = line_labels(row["run"].rpartition("/")[0] for row in rows), {}
+def draw_lines(ax: Axes, rows: list[dict[str, Any]], means: bool) -> None:
+    """A point for each seed: a circle if it learned, hollow where others had more epochs; else a cross.
+
+    Args:
+        means: draw lines through the means of the seeds that learned.
+    """
+    labels = line_labels(group_of(row["run"]) for row in rows)
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for group, label in labels.items():
-        for row in rows:
-            if row["run"].rpartition("/")[0] == group:
-                found.setdefault((label, row["of_epochs"]), []).append(row)
-    return found
-
-
-def draw_seeds(ax: Axes, lines: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
-    """A point for each seed: hollow where others had more epochs."""
-    labels, most = list(dict.fromkeys(label for label, _ in lines)), max(epochs for _, epochs in lines)
-    for (label, epochs), rows in lines.items():
-        place = labels.index(label)
-        # The labels stand beside each other, since points of equal length would hide each other.
-        draw_points(ax, rows, SERIES[place % len(SERIES)], filled=epochs == most, aside=0.7 * place - 0.35)
-        ax.lines[-2].set_label(f"{label}, {epochs} epochs")
-    explain_crosses(ax, lines)
-
-
-def draw_means(ax: Axes, lines: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
-    """A line through the means of the seeds that learned, and a point for each seed."""
-    for ((label, epochs), rows), colour in zip(lines.items(), SERIES * len(lines), strict=False):
-        draw_points(ax, rows, colour)
-        learned = [row for row in rows if row["outcome"] == "learned"]
-        lengths = sorted({row["sequence_length"] for row in learned})
-        means = [np.mean([row["test_accuracy"] for row in learned if row["sequence_length"] == n]) for n in lengths]
-        ax.plot(lengths, means, color=colour, label=f"{label}, {epochs} epochs")
-    explain_crosses(ax, lines)
-
-
-def draw_points(ax: Axes, rows: list[dict[str, Any]], colour: str, filled: bool = True, aside: float = 0.0) -> None:
-    """Seeds that learned as circles, the others as crosses."""
-    learned = {"marker": "o", "ms": 3, "mew": 0.6, "mfc": colour if filled else "none"}
-    for look, wanted in ((learned, True), ({"marker": "x", "ms": 4, "mew": 1}, False)):
-        found = [row for row in rows if (row["outcome"] == "learned") == wanted]
-        lengths = [row["sequence_length"] + aside for row in found]
-        ax.plot(lengths, [row["test_accuracy"] for row in found], ls="", color=colour, **look)
-
-
-def explain_crosses(ax: Axes, lines: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
-    if any(row["outcome"] != "learned" for rows in lines.values() for row in rows):
+        for row in (row for row in rows if group_of(row["run"]) == group):
+            lines.setdefault((label, row["of_epochs"]), []).append(row)
+    names, most = list(dict.fromkeys(label for label, _ in lines)), max(epochs for _, epochs in lines)
+    for n, ((label, epochs), members) in enumerate(lines.items()):
+        learned = [row for row in members if row["outcome"] == "learned"]
+        others = [row for row in members if row["outcome"] != "learned"]
+        # Without lines, the labels stand beside each other, since points of equal length would hide each other.
+        place, aside = (n, 0) if means else (names.index(label), 0.7 * names.index(label) - 0.35)
+        colour, named = SERIES[place % len(SERIES)], {"label": f"{label}, {epochs} epochs"}
+        hollow = {"mfc": "none"} if epochs < most and not means else {}
+        for found, look in ((learned, {"marker": "o", "ms": 3, "mew": 0.6} | hollow | ({} if means else named)),
+                            (others, {"marker": "x", "ms": 4, "mew": 1})):  # fmt: skip
+            points = [(row["sequence_length"] + aside, row["test_accuracy"]) for row in found]
+            ax.plot(*np.array(points).reshape(-1, 2).T, ls="", color=colour, **look)
+        if means:
+            lengths = sorted({row["sequence_length"] for row in learned})
+            mean = [np.mean([row["test_accuracy"] for row in learned if row["sequence_length"] == n]) for n in lengths]
+            ax.plot(lengths, mean, color=colour, **named)
+    if any(row["outcome"] != "learned" for members in lines.values() for row in members):
         ax.plot([], [], color=BLACK, marker="x", ls="", ms=4, mew=1, label="silent, or at chance")
 
 

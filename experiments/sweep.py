@@ -44,15 +44,14 @@ from utils import checkpoints, run
 from utils.errors import UsageError, UserError, in_one_line
 from utils.interruption import Interruption
 from utils.options import Parser, number, read_words, words_of, words_of_yaml
-from utils.results import COMMANDS
+from utils.results import COMMANDS, INDECISIVE
 
 SCRIPT = Path(task.__file__)
 LOG, LOCK = "log.txt", ".sweep.lock"
 POLL_SECONDS = 0.5
 PARSER = Parser("")
 NOT_TO_SET = set("config resume evaluate print_options output_dir gpu multiprocessing_distributed start_epoch".split())
-_INDECISIVE = ("workers", "prefetch_factor", "device", "backend", "print_freq", "logging")
-DECISIVE = [name for name in task.add_options(PARSER) if name not in _INDECISIVE]  # what a run finds depends on these
+DECISIVE = [name for name in task.add_options(PARSER) if name not in INDECISIVE]
 DEFAULTS = vars(PARSER.complete())
 
 

@@ -186,11 +186,11 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     letters = iter("abcdefg")
     image = draw_inputs(axes[0], trial, phases, next(letters))
     leave_out(axes[0, -1])
-    words = {"s": f"Orange: recall, and\n{ASKED}", "transform": axes[0, -1].transAxes, "linespacing": 1.3}
-    axes[0, -1].text(0, 1, **words, size=6, color=style.VERMILION, va="center")
-    place = axes[0, -1].inset_axes((0, 0.4, 1, 0.2))
-    above.colorbar(image, cax=place, orientation="horizontal", ticks=(0, 0.5, 1)).set_label("Input value")
-    place.spines[:].set_linewidth(0.5)
+    scale = axes[0, -1].inset_axes((0, 0.4, 1, 0.2))
+    above.colorbar(image, cax=scale, orientation="horizontal", ticks=(0, 0.5, 1), label="Input value").outline.set_linewidth(
+        0.5
+    )
+    scale.set_title(f"Orange: recall, and\n{ASKED}", size=6, weight="normal", color=style.VERMILION)
 
     for (raster, strip), row in zip(axes[1:].reshape(len(rows), 2, -1), rows, strict=True):
         heading(raster[0], next(letters), row[0])
@@ -235,24 +235,28 @@ def draw_inputs(axes: np.ndarray, trial: Trial, phases: list[Phase], letter: str
         store = phase.name == "Store"
         vectors, words = (trial.features, trial.labels) if store else (trial.query[None], ["query"])
         edges = phase.start + steps * np.arange(len(vectors) + 1)
-        extent = (edges[0], edges[-1], -0.5, size - 0.5)
-        look = {"vmin": 0, "vmax": 1, "aspect": "auto", "origin": "lower", "zorder": 0.5}
-        look["interpolation"] = "nearest"  # else more features than pixels are blurred, also in time
-        image = ax.imshow(vectors.T, "Greys", extent=extent, **look)
-        image.set_gid("features" if store else "query")
+        look = {
+            "vmin": 0,
+            "vmax": 1,
+            "aspect": "auto",
+            "origin": "lower",
+            "zorder": 0.5,
+            "gid": "features" if store else "query",
+        }
+        # Any other interpolation blurs more features than there are pixels, in time, too.
+        image = ax.imshow(vectors.T, "Greys", extent=(edges[0], edges[-1], -0.5, size - 0.5), interpolation="nearest", **look)
         ax.set_xlim(phase.low, phase.high)
         parts = zip(pairwise(np.clip(edges, phase.low, phase.high)), words, strict=True)
-        shown = [(start, end, word) for (start, end), word in parts if start < end]
+        shown = [((start + end) / 2, word) for (start, end), word in parts if start < end]
         levels = int(np.ceil(len(shown) / 36))  # as many labels fit side by side
-        for n, (start, end, word) in enumerate(shown):
+        above = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "size": 6, "annotation_clip": False}
+        for n, (middle, word) in enumerate(shown):
             look = {"color": style.VERMILION, "weight": "bold"} if word in (trial.answer, "query") else {}
-            place = {"xy": ((start + end) / 2, 1), "xycoords": ax.get_xaxis_transform(), "xytext": (0, 2 + 7 * (n % levels))}
-            ax.annotate(str(word), **place, textcoords="offset points", ha="center", size=6, annotation_clip=False, **look)
+            ax.annotate(str(word), (middle, 1), (0, 2 + 7 * (n % levels)), ha="center", **above, **look)
         ax.set_title(phase.name, loc="right", color=phase.colour, pad=4 + 7 * levels)
         if phase is phases[0]:
             heading(ax, letter, "Inputs", pad=4 + 7 * levels)
-            row = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (-4, 2), "textcoords": "offset points"}
-            ax.annotate("label" if store else "", **row, ha="right", size=6)
+            ax.annotate("label" if store else "", (phase.low, 1), (-4, 2), ha="right", **above)
     axes[0].set_yticks([0, size - 1] if size > 1 else [0])
     return image
 
@@ -307,14 +311,14 @@ def draw_logits(ax: Axes, trial: Trial) -> None:
 
 
 @styled
-def memory(trial: Trial, zoom: Zoom = ALL, most: int = 10) -> Figure:
-    """The Hebbian memory after the last pair, its weights' distribution, and the memory after each pair (at most `most` pairs).
+def memory(trial: Trial, zoom: Zoom = ALL) -> Figure:
+    """The Hebbian memory after the last pair, its weights' distribution, and the memory after each pair (at most ten pairs).
 
     All matrices share one linear colour scale from 0 to the largest weight of them all.
     """
     neurons = zoom.indices(trial.memories.shape[-1])
     memories = trial.memories[:, neurons[:, None], neurons]
-    chosen = np.unique(np.linspace(0, len(memories) - 1, min(most, len(memories))).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(memories) - 1, min(10, len(memories))).round().astype(int))
     extent = (neurons[0] - 0.5, neurons[-1] + 0.5) * 2
     look = {"vmin": min(0.0, memories.min()), "vmax": memories.max() or 1.0, "origin": "lower", "extent": extent}
     figure = new_figure(style.TWO_COLUMNS, 101)
@@ -356,11 +360,11 @@ def draw_weights(ax: Axes, weights: np.ndarray) -> None:
 
 
 @styled
-def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
-    """Membrane potentials of `count` neurons of each population, from its most to its least active one."""
+def membranes(trial: Trial, zoom: Zoom = ALL) -> Figure:
+    """Membrane potentials of three neurons of each population, from its most to its least active one."""
     phases = visible_phases(trial, zoom)
     rows = [row for row in ROWS if any(row[phase.column] for phase in phases)]
-    chosen = [(row, place, neuron) for row in rows for place, neuron in enumerate(representative(trial, row, zoom, count))]
+    chosen = [(row, place, neuron) for row in rows for place, neuron in enumerate(representative(trial, row, zoom))]
     figure = new_figure(style.TWO_COLUMNS, 20 + 6 * len(rows) + 11 * len(chosen))
     axes = time_grid(figure, trial, phases, [1] * len(chosen))
     for phase, ax in zip(phases, axes[0], strict=True):
@@ -383,12 +387,12 @@ def membranes(trial: Trial, zoom: Zoom = ALL, count: int = 3) -> Figure:
     return figure
 
 
-def representative(trial: Trial, row: tuple, zoom: Zoom, count: int) -> np.ndarray:
-    """Neurons from the most to the least active one of those that spike; silent ones only where too few do."""
+def representative(trial: Trial, row: tuple, zoom: Zoom) -> np.ndarray:
+    """Three neurons from the most to the least active one of those that spike; silent ones only where too few do."""
     neurons = zoom.indices(trial.spikes[row[1]].shape[1])
     spikes = sum(trial.spikes[name][:, neurons].sum(axis=0, dtype=int) for name in row[1:] if name)
-    among = min(max(np.count_nonzero(spikes), count), len(neurons))
-    places = np.linspace(0, among - 1, min(count, among)).round().astype(int)
+    among = min(max(np.count_nonzero(spikes), 3), len(neurons))
+    places = np.linspace(0, among - 1, min(3, among)).round().astype(int)
     return neurons[np.argsort(-spikes, kind="stable")[places]]
 
 
