@@ -62,12 +62,8 @@ def main(argv=None) -> int:
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=number(int, 1), help="runs at a time (default: the GPUs, or cores // threads)")
     parser.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads of a run (default: 1)")
-    parser.add_argument("--list", action="store_true", help="print the command of each run, and stop")
     args = parser.parse_args(argv)
     jobs = read_sweep(args.sweep, args.output_dir)
-    if args.list:
-        print(*(shown(job.command(testing=False)) for job in jobs), sep="\n")
-        return 0
     for job in jobs:
         job.refuse_another_run()
     waiting, ended, gpus = deque(jobs), [], find_gpus(args.jobs, args.threads)

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -237,28 +236,23 @@ def test_the_figures_of_accuracy_tell_budgets_and_silent_seeds_apart():
     assert summarize.line_labels(["b", "a", "b"]) == {"b": "b", "a": "a"}
 
 
-def test_copied_runs_join_those_that_are_kept(tmp_path, capsys):
+def test_copied_runs_join_those_that_are_kept(tmp_path):
     """A run that is not tested yet stays out; one that is kept gives way to more epochs alone."""
-    for seed, epochs in (("1", 2), ("2", 1), ("3", 1)):
+    head = "# started today in epoch 1; host a, commit f6e3168d6d, Python 3\n#   python task.py --seed 1\n"
+    epoch, kept = '{"epoch": 1, "validation_accuracy": 50.0}\n', tmp_path / "kept"
+    for seed, metrics in ((1, epoch + epoch.replace("1", "2")), (2, epoch), (3, epoch)):
         folder = tmp_path / "runs" / f"seed{seed}"
-        folder.mkdir(parents=True)
-        head = "# started today in epoch 1; host a, commit f6e3168d6d, Python 3\n#   python task.py --seed 1\n"
-        (folder / "options.yaml").write_text(head + yaml.safe_dump(sweep.DEFAULTS | {"seed": int(seed)}))
-        metrics = [json.dumps({"epoch": epoch + 1, "validation_accuracy": 50.0}) + "\n" for epoch in range(epochs)]
-        (folder / "metrics.jsonl").write_text("".join(metrics))
-        if seed != "3":
+        make_run(folder, metrics, head + yaml.safe_dump(sweep.DEFAULTS | {"seed": seed}))
+        if seed != 3:
             (folder / "accuracy_by_length.csv").write_text("sequence_length,accuracy\n10,50.0\n")
-    kept = tmp_path / "kept"
     first, second, _ = runs.read_results(tmp_path / "runs")
-    runs.write_groups(
-        [first._replace(name="old/seed1", metrics=first.metrics[:1]), second._replace(name="old/seed2", commands=["by hand"])],
-        kept,
-    )
+    old = [first._replace(name="old/seed1", metrics=first.metrics[:1]), second._replace(name="old/seed2", commands=["by hand"])]
+    runs.write_groups(old, kept)
     assert summarize.main([str(tmp_path / "runs"), "--output_dir", str(kept), "--copy", "old"]) == 0
     (one, two) = runs.read_results(kept)
     assert (one.name, len(one.metrics), one.commands) == ("old/seed1", 2, ["f6e3168d6d: python task.py --seed 1"])
     assert (two.name, two.commands) == ("old/seed2", ["by hand"])
-    assert [row["run"] for row in csv.DictReader((kept / "table.csv").read_text().splitlines())] == ["old/seed1", "old/seed2"]
+    assert [row["run"] for row in csv.DictReader(lines(kept / "table.csv"))] == ["old/seed1", "old/seed2"]
 
 
 def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_length():
@@ -276,18 +270,14 @@ def make_run(folder, metrics='{"epoch": 1, "validation_accuracy": 50.0}\n', opti
     (folder / "metrics.jsonl").write_text(metrics)
 
 
-def test_a_folder_that_is_itself_a_run_gives_the_run_its_name_and_one_at_the_root_keeps_its_own(tmp_path):
-    make_run(tmp_path / "one")
-    make_run(tmp_path / "other", options=OPTIONS | {"seed": 2})
-    assert [result.name for result in runs.read_results(tmp_path / "one")] == ["one"]
-    runs.write_groups(runs.read_results(tmp_path), tmp_path / "kept")
-    assert [result.name for result in runs.read_results(tmp_path / "kept")] == ["one", "other"]
-
-
-def test_runs_are_in_the_order_of_their_numbers(tmp_path):
-    for delay in ("10", "0", "3"):
-        make_run(tmp_path / "group" / f"readout_delay{delay}", options=OPTIONS | {"readout_delay": int(delay)})
-    assert [result.options["readout_delay"] for result in runs.read_results(tmp_path)] == [0, 3, 10]
+def test_a_folder_that_is_itself_a_run_gives_its_name_and_runs_are_in_the_order_of_their_numbers(tmp_path):
+    names = [f"readout_delay{delay}" for delay in (0, 3, 10)]
+    for name in names:
+        make_run(tmp_path / name, options=OPTIONS | {"readout_delay": name})
+    assert [result.name for result in runs.read_results(tmp_path)] == names
+    assert [result.name for result in runs.read_results(tmp_path / names[0])] == names[:1]
+    runs.write_groups(runs.read_results(tmp_path), tmp_path / "kept")  # without a group
+    assert [result.name for result in runs.read_results(tmp_path / "kept")] == names
 
 
 @pytest.mark.parametrize("content", [{"metrics": '{"epoch": '}, {"options": "- 1\n"}, {"options": "seed: a\n"}])
@@ -311,13 +301,6 @@ def test_a_committed_network_scores_what_the_table_says(tmp_path):
     (tested,) = csv.DictReader((tmp_path / "accuracy_by_length.csv").read_text().splitlines())
     # 2,000 samples; on another CPU, rounding may flip a spike that decides a sample.
     assert float(tested["accuracy"]) == pytest.approx(float(row["test_accuracy"]), abs=0.1)
-
-
-def test_networks_are_analysed_once_each_under_a_name_of_their_own():
-    a, b, other = Path("runs/a/model_best.pth.tar"), Path("runs/b/model_best.pth.tar"), Path("runs/b/other.pth.tar")
-    assert list(analyze.named([a, a])) == ["model_best"]
-    assert list(analyze.named([a, other])) == ["model_best", "other"]
-    assert list(analyze.named([a, b, a, other])) == ["a/model_best", "b/model_best", "b/other"]
 
 
 class Exact(torch.nn.Module):

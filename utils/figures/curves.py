@@ -150,20 +150,18 @@ def accuracy_by_length(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def by_option(runs: Sequence[Curves]) -> dict[str, dict[Any, tuple[list[float], list[float]]]]:
-    """Label -> value of the option of a sweep -> best validation accuracies (percent) of the runs that learned, and of others.
+def in_order(runs: Sequence[Curves]) -> list[Curves]:
+    """By the option of a sweep: numbers by their size, before words."""
+    return sorted(runs, key=lambda run: (run.option,) if isinstance(run.option, int | float) else (math.inf, str(run.option)))
 
-    Numbers are in the order of their size, before words.
-    """
+
+def by_option(runs: Sequence[Curves]) -> dict[str, dict[Any, tuple[list[float], list[float]]]]:
+    """Label -> value of the option -> best validation accuracies (percent) of the runs that learned, and of the others."""
     found: dict[str, dict[Any, tuple[list[float], list[float]]]] = {}
-    for run in sorted(runs, key=lambda run: order_of_value(run.option)):
+    for run in in_order(runs):
         learned, others = found.setdefault(run.label, {}).setdefault(run.option, ([], []))
         (learned if run.has_learned() else others).append(float(run.columns["validation_accuracy"].max()))
     return found
-
-
-def order_of_value(value: Any) -> tuple:
-    return (0, value) if isinstance(value, int | float) else (1, str(value))
 
 
 @styled
@@ -172,11 +170,10 @@ def accuracy_by_option(runs: Sequence[Curves], name: str) -> Figure:
 
     The values stand side by side, in order, whatever their distances.
     """
-    values = sorted({run.option for run in runs}, key=order_of_value)
     groups = by_option(runs)
-    figure = new_figure(ONE_COLUMN, 58)
+    values = list(dict.fromkeys(run.option for run in in_order(runs)))
+    figure, handles = new_figure(ONE_COLUMN, 58), []
     ax = figure.subplots()
-    handles = []
     dots = {"ls": "none", "ms": 3, "mew": 0.6}
     for n, (label, accuracies) in enumerate(groups.items()):
         colour = SERIES[n % len(SERIES)]
@@ -238,15 +235,14 @@ def draw_chance(ax: Axes, runs: Sequence[Curves]) -> list[Line2D]:
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D], width: float) -> None:
-    """Below the figure of this width (mm), which grows by the least height that the legend needs, in one column or several."""
-    texts = [str(handle.get_label()).replace("$", r"\$") for handle in handles]  # else Matplotlib reads mathematics
-    layouts = []
-    for ncols in (1, 2, 3):
-        wrapped = [textwrap.fill(text, int((width / ncols - 8) / 1.1)) for text in texts]  # mm: line, and a letter
-        lines = [column.tolist() for column in np.array_split([text.count("\n") + 1 for text in wrapped], ncols)]
-        layouts.append((max(map(sum, lines)), ncols, wrapped))
-    height, ncols, wrapped = min(layouts)
-    for handle, text in zip(handles, wrapped, strict=True):
-        handle.set_label(text)
-    figure.set_figheight(figure.get_figheight() + (2 + 3.3 * height) / 25.4)
+    """Below the figure of this width (mm), which grows by the height of the legend. A label has at most three lines."""
+    ncols = 1 if width == ONE_COLUMN else 2
+    letters = int((width / ncols - 8) / 1.1)  # of a line of text: 8 mm for the handle, 1.1 mm for a letter
+    heights = []  # mm
+    for handle in handles:
+        text = textwrap.fill(str(handle.get_label()), letters, max_lines=3, placeholder=" …")
+        handle.set_label(text.replace("$", r"\$"))  # else Matplotlib reads mathematics
+        heights.append(0.8 + 2.6 * (text.count("\n") + 1))
+    height = 2 + max(sum(column) for column in np.array_split(heights, ncols))
+    figure.set_figheight(figure.get_figheight() + height / 25.4)
     figure.legend(handles=handles, loc="outside lower left", labelspacing=0.35, ncols=ncols, columnspacing=1)
