@@ -152,8 +152,7 @@ def of_seeds(kept) -> list[str]:
         run_of(kept, f"{name}/sequence_length2-seed{n}")[0] for name, n in zip(readme.PUBLISHED, (1, 3), strict=True)
     )
     assert f"{first.metrics[-1]['validation_loss']:.2f}" == f"{second.metrics[-1]['validation_loss']:.2f}"
-    repeated = run_of(kept, "published_0.3/sequence_length10-seed2")[0]
-    assert readme.silent_epochs(repeated)[0] == 2
+    repeated = run_of(kept, "published_0.3/sequence_length10-seed4")[0]
     curriculum = kept.both("curriculum")
     assert not any(readme.silent_epochs(run) for run, _ in curriculum)
     by = [max(row["learned_in_epoch"] for _, row in curriculum if row["sequence_length"] == n) for n in (5, 10, 20, 30, 40, 55)]
@@ -169,8 +168,9 @@ def of_seeds(kept) -> list[str]:
         f"guessing costs ln 2 = {math.log(2):.2f}",
         f"their losses end at {first.metrics[-1]['validation_loss']:.2f}",
         "accuracy nears 100 %",
-        f"2.4901 in epoch 1 (record: {repeated.metrics[0]['train_loss']:.4f})",
-        f"0.86 Hz in epoch 10 (record: {repeated.metrics[9]['write_key']:.2f})",
+        f"the loss is 0.2337 in epoch 20 (record: {repeated.metrics[19]['train_loss']:.4f})",
+        f"accuracy 93.9 % (record: {repeated.metrics[19]['validation_accuracy']:.1f} %)",
+        f"a loss of 2.4901 (record: {run_of(kept, 'published_0.3/sequence_length10-seed2')[0].metrics[0]['train_loss']:.4f})",
     ]
 
 
