@@ -116,7 +116,6 @@ class Started:
         self.mark = f"TEST_MARK={uuid.uuid4()}"
         name, value = self.mark.split("=")
         environment = os.environ | {"OMP_NUM_THREADS": "2", name: value} | environment
-        handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and what a process starts would, too
         self.process = subprocess.Popen(
             [*prefix, *(() if prefix == TORCHRUN else (sys.executable,)), SMALL_TASK, *words],
             env=environment,
@@ -125,7 +124,6 @@ class Started:
             text=True,
             start_new_session=True,
         )
-        signal.signal(signal.SIGHUP, handler)
 
     def end(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
         """Its exit status, stdout and stderr. No process may be left behind."""

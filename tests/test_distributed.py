@@ -236,28 +236,17 @@ def test_nodes_with_another_program_are_refused(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(expected)
 
 
-# SLURM's programs, and those that it starts, which print their words
-
-FAKES = {
-    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
-    "scontrol": '[ "$1" = show ] && echo node0 || echo requeued >&2',
-    "python": 'printf "%s\\n" "$@"; echo interrupted in epoch 1 >> slurm_1.out; exit 138',
-    "torchrun": 'exec python "$@"',
-}
-
-
 @pytest.mark.parametrize("name", ["slurm_multiprocessing", "slurm_torchrun"])
-def test_the_slurm_examples_start_a_training_with_options_that_it_knows_and_queue_it_again(name, tmp_path):
-    for program, text in FAKES.items():
+def test_the_slurm_examples_start_a_training_with_options_that_it_knows(name, tmp_path):
+    """SLURM and Python are stand-ins: `srun` starts its command on this host, `python` and `torchrun` print their words."""
+    fakes = {"srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"', "scontrol": "echo node0", "python": 'echo "$@"'}
+    for program, text in (fakes | {"torchrun": fakes["python"]}).items():
         (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / program).chmod(0o755)
     (tmp_path / "slurm_1.out").touch()
     job = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "x"}
     command = ["bash", Path(task.__file__).with_name("examples") / f"{name}.sh", "--epochs", "3"]
     environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (138, "requeued\n")
-    given = options(*done.stdout.split("memorizing_associations_task.py\n")[1].split())
+    words = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout.split()
+    given = options(*words[words.index("memorizing_associations_task.py") + 1 :])
     assert (given.resume, given.output_dir, given.seed, given.epochs) == ("auto", "runs/slurm_seed7", 7, 3)
-    meet = ("tcp://node0:20001", 2, 1) if name == "slurm_multiprocessing" else ("env://", -1, -1)
-    assert (given.dist_url, given.world_size, given.rank) == meet

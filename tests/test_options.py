@@ -1,7 +1,6 @@
 """Options of both scripts, on the command line and in YAML: never a traceback; an error is one line that names the option."""
 
 import contextlib
-import importlib
 import io
 import os
 
@@ -12,12 +11,11 @@ import yaml
 from hypothesis import strategies as st
 
 import memorizing_associations_task as task
+import plot_memorizing_associations_task as plot
 from utils.errors import UserError
 from utils.options import REMOVED, Parser
 
 PUBLISHED = str(golden.PUBLISHED)
-SCRIPTS = {"train": "memorizing_associations_task", "plot": "plot_memorizing_associations_task"}
-scripts = pytest.mark.parametrize("script", SCRIPTS)
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +30,12 @@ def stop_after_the_options(monkeypatch, tmp_path):
     monkeypatch.setattr("utils.checkpoints.load", stop)
 
 
-def run(script: str, arguments: list[str]) -> int:
-    return importlib.import_module(SCRIPTS[script]).main(arguments)
-
-
-def outcome(script: str, arguments: list[str]) -> tuple[int, str]:
+def outcome(arguments: list[str], script=task) -> tuple[int, str]:
     """Exit status of a script, and its error, which must be one short line of printable text."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = run(script, arguments) or 0
+            status = script.main(arguments)
         except SystemExit as end:
             status = end.code or 0
     lines = err.getvalue().splitlines()
@@ -53,29 +47,25 @@ def outcome(script: str, arguments: list[str]) -> tuple[int, str]:
     return status, errors[0] if errors else ""
 
 
-def in_yaml(script: str, text: str | bytes) -> tuple[int, str]:
+def in_yaml(text: str | bytes, script=task) -> tuple[int, str]:
     with open("options.yaml", "wb") as file:
         file.write(text if isinstance(text, bytes) else text.encode(errors="surrogateescape"))
-    return outcome(script, ["--config", "options.yaml", *(["--checkpoint_path", PUBLISHED] if script == "plot" else [])])
+    return outcome(["--config", "options.yaml", *(["--checkpoint_path", PUBLISHED] if script is plot else [])], script)
 
 
-def parser_of(script: str) -> Parser:
-    """The parser that a script makes."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parser, "given", lambda parser, _: found.append(parser) or 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(script, [])
-    return found[0]
+def parser_of(script=task) -> Parser:
+    parser = Parser("")
+    script.add_options(parser)
+    return parser
 
 
-def table_of(script: str) -> dict:
+def table_of(script=task) -> dict:
     """Option -> its action; without those that are removed and --help."""
     return {a.dest: a for a in parser_of(script)._actions if a.dest not in (*REMOVED, "config", "help")}
 
 
 def given(*words: str) -> dict:
-    return parser_of("train").given(words)
+    return parser_of().given(words)
 
 
 # The command line, frozen
@@ -94,7 +84,7 @@ NOT_RECORDED = set("resume check_params evaluate world_size rank dist_url dist_b
 
 
 def test_every_published_option_has_its_default_and_both_spellings(capsys):
-    table = table_of("train")
+    table = table_of()
     for name, default in yaml.safe_load(PUBLISHED_DEFAULTS).items():
         assert table[name].default == default and type(table[name].default) is type(default)
         for spelling in (name, name.replace("_", "-")):
@@ -153,7 +143,7 @@ def test_yaml_values_are_the_words_of_the_command_line(tmp_path):
     )
     expected = {"seed": 10, "sequence_length": (2, 3, 4, 7), "output_dir": "", "memory_size": 20, "embedding_size": 20, "l2": 2}
     assert given("--config", "a.yaml") == expected
-    assert in_yaml("train", "") == (0, "")
+    assert in_yaml("") == (0, "")
 
 
 # Refusals
@@ -185,7 +175,7 @@ def test_yaml_values_are_the_words_of_the_command_line(tmp_path):
     ],
 )
 def test_impossible_command_lines_are_refused(arguments, names):
-    status, error = outcome("train", arguments.split())
+    status, error = outcome(arguments.split())
     assert status == 2 and names in error
 
 
@@ -219,26 +209,26 @@ BOMB = "a: &a0 [lol]\n" + "".join(f"b{n}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}
     ids=range(22),
 )
 def test_odd_yaml_is_refused(text, named):
-    status, error = in_yaml("train", text)
+    status, error = in_yaml(text)
     assert status == 2 and "options.yaml" in error and named in error
     assert not os.path.exists("ran")
 
 
-@scripts
+@pytest.mark.parametrize("script", [task, plot])
 def test_a_wrong_value_of_any_option_is_named_on_the_command_line_and_in_a_file(script):
     for name in table_of(script):
         word = "\x1b[31m\n"
-        assert f"--{name}: " in outcome(script, [f"--{name.replace('_', '-')}={word}"])[1]
-        assert f"options.yaml: --{name}: " in in_yaml(script, yaml.safe_dump({name: word}))[1]
+        assert f"--{name}: " in outcome([f"--{name.replace('_', '-')}={word}"], script)[1]
+        assert f"options.yaml: --{name}: " in in_yaml(yaml.safe_dump({name: word}), script)[1]
 
 
 @hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
 @hypothesis.given(draws=st.data())
 def test_any_command_line_and_any_yaml_file_ends_well_or_in_one_line(draws):
-    option = st.sampled_from(sorted(table_of("train")))
+    option = st.sampled_from(sorted(table_of()))
     scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates())
     word = st.one_of(option.map(lambda name: f"--{name}"), st.text(max_size=8), st.integers().map(str), st.floats().map(repr))
-    outcome("train", draws.draw(st.lists(word, max_size=8)))
+    outcome(draws.draw(st.lists(word, max_size=8)))
     value = scalar | st.lists(scalar, max_size=3) | st.dictionaries(st.text(max_size=3), scalar, max_size=3)
-    in_yaml("train", yaml.safe_dump(draws.draw(st.dictionaries(option | scalar, value, max_size=5))))
-    in_yaml("train", draws.draw(st.one_of(st.binary(max_size=60), st.text(max_size=60))))
+    in_yaml(yaml.safe_dump(draws.draw(st.dictionaries(option | scalar, value, max_size=5))))
+    in_yaml(draws.draw(st.one_of(st.binary(max_size=60), st.text(max_size=60))))

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 import data
 import memorizing_associations_task as task
 import models
-from utils import checkpoints, distributed, progress, run
+from utils import checkpoints, distributed, run
 from utils.metrics import EpochMetrics, read_metrics
 from utils.options import Parser
 
@@ -368,18 +368,6 @@ def test_a_network_that_diverges_names_the_constants(tmp_path, capsys):
 # What a run says and records
 
 
-def test_a_log_gets_a_line_a_minute_with_the_time_left_at_the_speed_after_the_first_step(monkeypatch, capsys):
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock)
-    clock = 0.0
-    shown = progress.Progress(total=1000, done=100, print_freq=1)
-    for clock in (50.0, 60.0, 110.0, 130.0):  # noqa: B007 (the lambda reads it)
-        shown.step(100, "epoch 1", 700, lambda: {"loss": 0.5})
-    assert capsys.readouterr().out.splitlines() == [
-        "epoch 1, 700 samples left in it  loss 0.5  10 samples/s  01:10 left",
-        "epoch 1, 700 samples left in it  loss 0.5  4 samples/s  02:13 left",
-    ]
-
-
 def test_silence_is_reported_when_it_begins_and_when_it_ends(tmp_path, capsys, stub):
     for epoch, stub.rate in enumerate((5.0, 0.0, 0.001, 2.0), start=1):
         assert train(tmp_path / "run", *(["--resume", "auto"] if epoch > 1 else []), epochs=epoch) == 0
@@ -421,20 +409,6 @@ def test_the_record_says_what_changed_and_when(tmp_path, stub, capsys):
     assert re.match(r"# resumed .* in epoch 3 after 0 samples: .*learning_rate 0\.01 [(]checkpoint: 0\.003[)]", resumed)
 
 
-def test_the_commit_is_marked_where_files_differ_from_it(tmp_path, monkeypatch):
-    """A copy without its repository is unknown."""
-    monkeypatch.setattr(run, "__file__", str(tmp_path / "utils" / "program.py"))
-    assert run.commit() == "unknown"
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
-    (tmp_path / "program.py").write_text("1")
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"]):
-        subprocess.run([*git, *words], check=True, env={"PATH": os.environ["PATH"]})
-    clean = run.commit()
-    assert re.fullmatch("[0-9a-f]{10}", clean)
-    (tmp_path / "program.py").write_text("2")
-    assert run.commit() == f"{clean}+changes"
-
-
 def test_a_finished_run_says_so_and_keeps_its_record(undisturbed, capsys):
     before = {path: path.read_bytes() for path in undisturbed.iterdir()}
     assert train(undisturbed, "--resume", "auto", epochs=2) == 0
@@ -461,19 +435,6 @@ def test_runs_of_the_same_second_have_a_folder_each(tmp_path, stub, monkeypatch)
     for _ in range(2):
         assert task.main([*TINY, "--epochs", "1"]) == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"now", "now-2"}
-
-
-def test_tensorboard_is_cut_back_with_the_run(tmp_path, stub):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert train(tmp_path, "--logging", epochs=2) == 0
-    earlier = (tmp_path / checkpoints.LAST).read_bytes()
-    assert train(tmp_path, "--resume", "auto", epochs=4) == 0
-    (tmp_path / checkpoints.LAST).write_bytes(earlier)
-    assert train(tmp_path, "--resume", "auto", epochs=3) == 0
-    log = EventAccumulator(str(tmp_path / "tensorboard"))
-    log.Reload()
-    assert [event.step for event in log.Scalars("train_loss")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
