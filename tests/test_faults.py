@@ -265,19 +265,3 @@ def test_a_lack_of_memory_is_one_line_with_the_remedy(lack):
     for size, remedy in ((64, "--batch_size 32"), (1, "choose a smaller --memory_size")):
         with pytest.raises(UserError, match=f"out of memory; .*{remedy}"), out_of_memory_in_one_line(size):
             raise lack
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_steps(tmp_path, monkeypatch):
-    steps, resident, step = 5_000, [], task.train_step
-    monkeypatch.setattr(data, "TRAINING_SAMPLES", 16 * steps)
-
-    def counted_step(*arguments, **others):
-        sums = step(*arguments, **others)
-        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-        return sums
-
-    monkeypatch.setattr(task, "train_step", counted_step)
-    assert task.main([*TINY, "--batch_size", "16", "--epochs", "1", "--output_dir", str(tmp_path)]) == 0
-    assert len(resident) == steps
-    assert resident[-1] - resident[steps // 5] < 2.5
