@@ -39,6 +39,7 @@ LINES = {
     "ood_curriculum": "curriculum, 12 epochs",
     "ood_published": "published, 15 epochs",
 }
+CROSS = {"marker": "x", "ms": 4, "mew": 1}  # a run that did not learn
 # What a run may differ in without being trained in another way, and what is put in other words.
 _NOT_SHOWN = ("sequence_length", "num_classes", "seed", "epochs", "start_epoch", "curriculum_start", "curriculum_step")
 NOTE = (
@@ -234,20 +235,23 @@ def draw_lines(ax: Axes, rows: list[dict[str, Any]], means: bool) -> None:
     for n, ((label, epochs), members) in enumerate(lines.items()):
         learned = [row for row in members if row["outcome"] == "learned"]
         others = [row for row in members if row["outcome"] != "learned"]
-        # Without lines, the labels stand beside each other, since points of equal length would hide each other.
-        place, aside = (n, 0) if means else (names.index(label), 0.7 * names.index(label) - 0.35)
-        colour, named = SERIES[place % len(SERIES)], {"label": f"{label}, {epochs} epochs"}
-        hollow = {"mfc": "none"} if epochs < most and not means else {}
-        for found, look in ((learned, {"marker": "o", "ms": 3, "mew": 0.6} | hollow | ({} if means else named)),
-                            (others, {"marker": "x", "ms": 4, "mew": 1})):  # fmt: skip
+        words = f"{label}, {epochs} epochs"
+        if means:
+            colour, aside, circle = SERIES[n % len(SERIES)], 0.0, {}
+            lengths = sorted({row["sequence_length"] for row in learned})
+            mean = [
+                np.mean([row["test_accuracy"] for row in learned if row["sequence_length"] == length]) for length in lengths
+            ]
+            ax.plot(lengths, mean, color=colour, label=words)
+        else:  # points of equal length stand beside each other, since they would hide each other
+            place = names.index(label)
+            colour, aside = SERIES[place % len(SERIES)], 0.7 * place - 0.35
+            circle = {"label": words} | ({"mfc": "none"} if epochs < most else {})
+        for found, look in ((learned, {"marker": "o", "ms": 3, "mew": 0.6} | circle), (others, CROSS)):
             points = [(row["sequence_length"] + aside, row["test_accuracy"]) for row in found]
             ax.plot(*np.array(points).reshape(-1, 2).T, ls="", color=colour, **look)
-        if means:
-            lengths = sorted({row["sequence_length"] for row in learned})
-            mean = [np.mean([row["test_accuracy"] for row in learned if row["sequence_length"] == n]) for n in lengths]
-            ax.plot(lengths, mean, color=colour, **named)
     if any(row["outcome"] != "learned" for members in lines.values() for row in members):
-        ax.plot([], [], color=BLACK, marker="x", ls="", ms=4, mew=1, label="silent, or at chance")
+        ax.plot([], [], color=BLACK, ls="", label="silent, or at chance", **CROSS)
 
 
 if __name__ == "__main__":

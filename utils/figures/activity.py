@@ -235,16 +235,10 @@ def draw_inputs(axes: np.ndarray, trial: Trial, phases: list[Phase], letter: str
         store = phase.name == "Store"
         vectors, words = (trial.features, trial.labels) if store else (trial.query[None], ["query"])
         edges = phase.start + steps * np.arange(len(vectors) + 1)
-        look = {
-            "vmin": 0,
-            "vmax": 1,
-            "aspect": "auto",
-            "origin": "lower",
-            "zorder": 0.5,
-            "gid": "features" if store else "query",
-        }
-        # Any other interpolation blurs more features than there are pixels, in time, too.
-        image = ax.imshow(vectors.T, "Greys", extent=(edges[0], edges[-1], -0.5, size - 0.5), interpolation="nearest", **look)
+        look = {"cmap": "Greys", "vmin": 0, "vmax": 1, "aspect": "auto", "origin": "lower", "zorder": 0.5}
+        look["interpolation"] = "nearest"  # any other blurs more features than there are pixels, in time, too
+        image = ax.imshow(vectors.T, extent=(edges[0], edges[-1], -0.5, size - 0.5), **look)
+        image.set_gid("features" if store else "query")
         ax.set_xlim(phase.low, phase.high)
         parts = zip(pairwise(np.clip(edges, phase.low, phase.high)), words, strict=True)
         shown = [((start + end) / 2, word) for (start, end), word in parts if start < end]
@@ -335,13 +329,12 @@ def memory(trial: Trial, zoom: Zoom = ALL) -> Figure:
     draw_weights(weights, memories[-1])
 
     which = "each pair" if len(chosen) == len(memories) else f"{len(chosen)} of the {len(memories)} pairs"
-    below.suptitle(
-        f"c  Memory after {which}, on the colour scale of a (orange: {ASKED})", x=0.01, ha="left", size=7, weight="bold"
-    )
-    for ax, n in zip(below.subplots(1, max(len(chosen), 6), squeeze=False)[0], [*chosen, *[None] * 6], strict=False):
-        if n is None:
-            ax.set_axis_off()
-            continue
+    words = f"c  Memory after {which}, on the colour scale of a (orange: {ASKED})"
+    below.suptitle(words, x=0.01, ha="left", size=7, weight="bold")
+    axes = below.subplots(1, max(len(chosen), 6))
+    for ax in axes[len(chosen) :]:
+        ax.set_axis_off()
+    for ax, n in zip(axes, chosen, strict=False):
         ax.imshow(memories[n], gid=f"memory after pair {n + 1}", **look)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(True)
