@@ -81,6 +81,18 @@ def outcome(function, dynamics, inputs):
     return recorded | counted | {"readout": readout.detach()} | dict(zip(OPERANDS, gradients, strict=True))
 
 
+def strided_outcome(function, dynamics, inputs):
+    """Results and gradients where nothing is contiguous: operands are transposed, one query and each seed are expanded."""
+    strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
+    strided[2] = inputs[2].detach()[:1].expand_as(inputs[2]).requires_grad_()
+    assert not any(x.is_contiguous() for x in strided)
+    readout, counts, _ = function(*strided, dynamics)
+    assert counts["read_key"].any() and readout.any()
+    results = readout, *counts.values()
+    seeds = [x.new_tensor(0.5 + n).expand_as(x) for n, x in enumerate(results)]
+    return *results, *torch.autograd.grad(results, strided, seeds)
+
+
 def assert_agree(ours, theirs, tolerance):
     """Spikes are the same, and memory and gradients are, to a share of their norm."""
     for name, expected in theirs.items():

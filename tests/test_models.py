@@ -111,23 +111,30 @@ def test_recomputation_does_not_change_gradients(monkeypatch, steps):
     golden.check(golden.load("small_defaults"), "reference")
 
 
-def test_options_of_a_network():
-    """The whole record of a run will do; a name that is nearly an option, and a contradiction, are refused."""
+def test_the_whole_record_of_a_run_describes_its_network():
     parser = Parser("")
     task.add_options(parser)
     record = vars(parser.complete())
     assert record.keys() >= models.defaults().keys() and "epochs" in record
-    assert (models.build_model(record).dynamics, models.build_model(record).sizes) == (models.Dynamics(), models.Sizes())
-    with pytest.raises(ValueError, match="tau_mam is no option of the network; did you mean tau_mem"):
-        models.build_model({"tau_mam": 10.0})
-    with pytest.raises(ValueError, match=r"tau_mem 10\.0: the neuron that is given has 20\.0; leave one of them out"):
-        models.build_model({"tau_mem": 10.0}, neuron=LIFNeuron())
-    with pytest.raises(ValueError, match=r"w_max 2\.0: the rule that is given has 1\.0"):
-        models.build_model({"w_max": 2.0}, rule=HebbianRule())
+    assert models.constants(record) == (models.Sizes(), models.Dynamics())
     assert models.build_model({"tau_mem": 20.0}, neuron=LIFNeuron(thr=0.2)).dynamics.neuron.thr == 0.2
-    for wrong in ("fast", 3):
-        with pytest.raises(ValueError, match=f"one of auto, triton, cpp, compiled, reference, or a function, not {wrong!r}"):
-            models.build_model({}, wrong)
+
+
+@pytest.mark.parametrize(
+    ("params", "parts", "message"),
+    [
+        ({"thr": 0.0}, {}, "thr must be greater than 0"),
+        ({"refractory_time_steps": 1.5}, {}, "refractory_time_steps must be of type int"),
+        ({"tau_mam": 10.0}, {}, "tau_mam is no option of the network; did you mean tau_mem"),
+        ({"tau_mem": 10.0}, {"neuron": LIFNeuron()}, r"tau_mem 10\.0: the neuron that is given has 20\.0; leave one of them out"),
+        ({"w_max": 2.0}, {"rule": HebbianRule()}, r"w_max 2\.0: the rule that is given has 1\.0"),
+        ({}, {"backend": "fast"}, "one of auto, triton, cpp, compiled, reference, or a function, not 'fast'"),
+        ({}, {"backend": 3}, "or a function, not 3"),
+    ],
+)
+def test_what_describes_no_network_is_refused(params, parts, message):
+    with pytest.raises(ValueError, match=message):
+        models.build_model(params, **parts)
 
 
 def test_every_program_says_in_one_line_that_pytorch_is_too_old():
