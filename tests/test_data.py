@@ -62,11 +62,8 @@ def test_training_streams_differ(other):
 
 def test_training_samples_are_the_task():
     samples = draw(0, 9000)
-    assert samples.features.shape == (9000, 4, 5)
-    assert samples.features.dtype == torch.float32
-    assert samples.features.min() >= 0
-    assert samples.features.max() < 1
-    assert abs(samples.features.mean() - 0.5) < 0.005
+    assert samples.features.shape == (9000, 4, 5) and samples.features.dtype == torch.float32
+    assert samples.features.min() >= 0 and samples.features.max() < 1 and abs(samples.features.mean() - 0.5) < 0.005
     assert all(len(set(row.tolist())) == 4 for row in samples.labels)
     counts = torch.bincount(samples.labels.flatten(), minlength=7) / 9000
     assert (counts - 4 / 7).abs().max() < 0.03  # uniform over the classes

@@ -61,9 +61,17 @@ def hard(monkeypatch):
 
 
 def case(batch=1, embedding=10, memory=9, dtype=torch.float64, **constants):
-    """Operands and constants with which all populations fire within a few steps."""
-    dynamics = models.constants({"tau_mem": 5.0, "tau_trace": 4.0, "num_time_steps": 9} | constants)[1]
-    return backends.tiny_case(dynamics, dtype, DEVICE, 0, (batch, embedding, memory))
+    """Currents, weights and constants with which all populations fire within a few steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(low, high, *shape):
+        drawn = torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        return drawn.to(DEVICE, dtype).requires_grad_()
+
+    currents = [uniform(0, 1, *shape) for shape in ((batch, 2, embedding), (batch, 2, embedding), (batch, embedding))]
+    weights = uniform(-0.2, 0.3, 2 * memory, 2 * embedding), uniform(-0.3, 0.4, memory, embedding + memory)
+    constants = {"tau_mem": 5.0, "tau_trace": 4.0, "num_time_steps": 9} | constants
+    return [*currents, *weights], models.constants(constants)[1]
 
 
 OTHER = {"thr": 0.2, "refractory_time_steps": 1, "dampening_factor": 0.5, "w_max": 2.0, "gamma_pos": 0.4, "gamma_neg": 0.1}
@@ -113,7 +121,7 @@ def test_a_single_neuron(hard):
 @pytest.mark.parametrize("population", ["write_value", "read_key", "read_value"])
 def test_gradients_of_one_output_only(population, hard):
     """Those of the others are None."""
-    tensors, dynamics = case(embedding=3, memory=3, num_time_steps=6, readout_delay=2)
+    tensors, dynamics = case(embedding=6, memory=5, num_time_steps=6, readout_delay=2)
     gradients = []
     for function in (fused.store_and_recall, store_and_recall):
         count = function(*tensors, dynamics)[1][population].sum()
@@ -124,7 +132,7 @@ def test_gradients_of_one_output_only(population, hard):
 
 @runs_kernels
 def test_strided_and_expanded_operands_and_gradients():
-    tensors, dynamics = case(batch=2, embedding=4, memory=3, num_time_steps=6, readout_delay=2)
+    tensors, dynamics = case(batch=2, embedding=8, memory=6, thr=0.05, num_time_steps=6, readout_delay=2)
     ours, theirs = (strided_outcome(function, dynamics, tensors) for function in (fused.store_and_recall, store_and_recall))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
