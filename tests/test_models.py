@@ -129,7 +129,7 @@ def test_the_whole_record_of_a_run_describes_its_network():
         (
             {"tau_mem": 10.0},
             {"neuron": LIFNeuron()},
-            r"tau_mem 10\.0: the neuron that is given has 20\.0; leave one of them out",
+            r"tau_mem 10\.0: the neuron .* has 20\.0; leave one of them out",
         ),
         ({"w_max": 2.0}, {"rule": HebbianRule()}, r"w_max 2\.0: the rule that is given has 1\.0"),
         ({}, {"backend": "fast"}, "one of auto, triton, cpp, compiled, reference, or a function, not 'fast'"),
