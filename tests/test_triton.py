@@ -49,8 +49,10 @@ def test_on_the_interpreter(which):
 
 @pytest.fixture
 def hard(monkeypatch):
-    """Several tiles a program and several programs a sample, at sizes that the interpreter can bear. Uninitialized memory is NaN:
-    what a kernel forgets to write shows."""
+    """Several tiles a program and several programs a sample, at sizes that the interpreter can bear.
+
+    Uninitialized memory is NaN: what a kernel forgets to write shows.
+    """
     monkeypatch.setattr(writing, "WRITE_TILE", 128)
     monkeypatch.setattr(writing, "WRITE_BACKWARD_TILE", 64)
     monkeypatch.setattr(reading, "READ_TILE", 64)
