@@ -217,6 +217,18 @@ def test_nodes_that_do_not_meet(rank, taken, message):
             launch._join(launch.find_ranks(given), 0, given)
 
 
+@pytest.mark.slow
+def test_what_listens_and_does_not_answer_is_waited_for_a_while(tmp_path):
+    """As the other node of a port in use does; PyTorch waits without an end."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        url = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
+        words = ["--world_size", "2", "--rank", "1", *GLOO, "--dist_timeout", "2", "--dist_url", url]
+        status, _, err = run(*words, "--output_dir", tmp_path)
+    assert status == 1 and err.startswith(f"error: rank 1: not all nodes met at {url} within 2 s")
+
+
 def test_nodes_with_another_program_are_refused(monkeypatch, capsys):
     def gather(found, own):
         found[:] = [f"{software} on node 0", own]

@@ -194,6 +194,14 @@ def test_a_run_is_not_overwritten(standing, words, message, folder, whole, capsy
     assert contents(folder) == before
 
 
+def test_the_lock_is_released_when_main_raises(folder, monkeypatch):
+    monkeypatch.setattr(task, "train_step", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:  # a notebook keeps an exception, and what it refers to
+        train(folder, 4)
+    with run.locked(folder):
+        assert kept
+
+
 def test_the_best_checkpoint_of_a_run_is_resumed_in_another_folder_or_where_the_last_is_damaged(folder, tmp_path):
     resumed = [*TINY, "--resume", str(folder / checkpoints.BEST), "--epochs", "3"]
     assert task.main([*resumed, "--output_dir", str(tmp_path / "other")]) == 0

@@ -291,6 +291,17 @@ def test_a_training_in_a_thread(tmp_path, stub):
         assert threads.submit(train, tmp_path, epochs=1).result() == 0
 
 
+def test_a_run_without_standard_error(tmp_path, stub, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train(tmp_path, "--resume", "auto", epochs=1) == 0
+
+
+def test_a_signal_during_the_last_validation_ends_a_finished_run_well(tmp_path, stub, monkeypatch):
+    evaluate = task.evaluate
+    monkeypatch.setattr(task, "evaluate", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*given))
+    assert train(tmp_path, epochs=1) == 0
+
+
 def test_curriculum_and_fixed_data_resume_exactly(tmp_path):
     extra = "--curriculum_start 1 --inf_data 0".split()
     assert train(tmp_path / "whole", *extra, epochs=2) == 0
