@@ -187,9 +187,8 @@ def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
     image = draw_inputs(axes[0], trial, phases, next(letters))
     leave_out(axes[0, -1])
     scale = axes[0, -1].inset_axes((0, 0.4, 1, 0.2))
-    above.colorbar(image, cax=scale, orientation="horizontal", ticks=(0, 0.5, 1), label="Input value").outline.set_linewidth(
-        0.5
-    )
+    bar = above.colorbar(image, cax=scale, orientation="horizontal", ticks=(0, 0.5, 1), label="Input value")
+    bar.outline.set_linewidth(0.5)
     scale.set_title(f"Orange: recall, and\n{ASKED}", size=6, weight="normal", color=style.VERMILION)
 
     for (raster, strip), row in zip(axes[1:].reshape(len(rows), 2, -1), rows, strict=True):
