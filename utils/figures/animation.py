@@ -59,7 +59,7 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1.8, 1))
 
-    axes = activity.time_grid(left, trial, phases, [10] + [17] * len(ROWS))
+    axes = activity.time_grid(left, trial, phases, [14] + [16] * len(ROWS))
     activity.draw_inputs(axes[0], trial, phases)
     for line, row in zip(axes[1:], ROWS, strict=True):
         line[0].set_title(row[0], size=6)
