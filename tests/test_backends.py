@@ -38,9 +38,9 @@ def twins(backend="cpp"):
     return ours, theirs
 
 
-def own(base, **attributes):
-    """A neuron or a rule of a subclass with these attributes."""
-    return dataclasses.dataclass(frozen=True)(type("Own", (base,), attributes))()
+def own(base, constants=(), **attributes):
+    """A neuron or a rule of a subclass with these attributes, and these constants."""
+    return dataclasses.dataclass(frozen=True)(type("Own", (base,), attributes))(**dict(constants))
 
 
 def assert_near(ours, exact):
@@ -407,7 +407,7 @@ def noisy(self, current, state):
 def test_a_neuron_that_draws_random_numbers_has_right_gradients(monkeypatch):
     """The recomputation draws the same ones again."""
     torch.manual_seed(3)
-    model, gradients = models.build_model(ALIVE, "reference", neuron=own(LIFNeuron, step=noisy)).double(), []
+    model, gradients = models.build_model(ALIVE, "reference", neuron=own(LIFNeuron, {"thr": 0.02}, step=noisy)).double(), []
     for every in (models.hebbian_memory.RECOMPUTE_EVERY, None):
         monkeypatch.setattr(models.hebbian_memory, "RECOMPUTE_EVERY", every)
         torch.manual_seed(5)
