@@ -18,6 +18,7 @@ from helpers import assert_same_run, refuse
 
 import data
 import memorizing_associations_task as task
+import plot_memorizing_associations_task as plot
 from utils import checkpoints, run
 from utils.errors import UserError, out_of_memory_in_one_line
 from utils.run import METRICS, OPTIONS
@@ -222,6 +223,21 @@ def largest_file(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (task.main, "--output_dir dead/run"),
+        (task.main, "--resume dead --evaluate"),
+        (plot.main, "--metrics dead"),
+        (plot.main, "--metrics {whole} --output dead/figures"),
+    ],
+)
+def test_a_link_that_leads_nowhere_is_told_as_one(main, words, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dead").symlink_to("nowhere/at/all")
+    assert "dead is a link to what is not there" in refuse(capsys, *words.format(whole=whole).split(), main=main)
 
 
 def test_file_too_large_stops_the_training_and_keeps_the_checkpoint(folder, capsys):

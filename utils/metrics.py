@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils import checkpoints, distributed
 from utils.distributed import print_rank0
-from utils.errors import UserError
+from utils.errors import UserError, reason
 
 
 class EpochMetrics:
@@ -72,7 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         return [checkpoints.metrics_line(line) for line in lines]
     except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}") from failure
+        raise UserError(f"{path}: {reason(failure, path)}") from failure
     except (ValueError, TypeError, LookupError, AttributeError) as failure:
         raise UserError(f"{path}: damaged, or not the metrics file of a run") from failure
 

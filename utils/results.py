@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.metrics import read_metrics, to_csv
 from utils.run import METRICS, OPTIONS, TABLE
 
@@ -109,7 +109,7 @@ def _named_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}") from failure
+        raise UserError(f"{path}: {reason(failure, path)}") from failure
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as damage:
         raise UserError(f"{path}: damaged ({' '.join(str(damage).split())}); leave it out") from damage
 

@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from utils import checkpoints
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.metrics import write_metrics
 
 OPTIONS = "options.yaml"
@@ -104,8 +104,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     except (NotImplementedError, OSError) as failure:
         if not isinstance(failure, NotImplementedError) and failure.errno not in (ENOLCK, ENOSYS, ENOTSUP):
-            dangling = folder.is_symlink() and not folder.exists()
-            where = f"{folder} is a link to what is not there" if dangling else failure.strerror
+            where = reason(failure, folder)
             raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
         print(f"warning: --output_dir {folder}: no locks there; make sure no other run uses it", file=sys.stderr)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, reason
 from utils.figures.animation import save_animation
 from utils.figures.style import styled
 
@@ -38,7 +38,7 @@ def check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())).close()
     except OSError as failure:
         where = "choose another place (--output, --save_data)"
-        raise UserError(f"{path}: cannot be written ({failure.strerror}); {where}") from failure
+        raise UserError(f"{path}: cannot be written ({reason(failure, path)}); {where}") from failure
 
 
 @styled
@@ -52,4 +52,4 @@ def save(drawing: Figure | list, path: Path) -> None:
             dpi, metadata = FORMATS[path.suffix[1:].lower()]
             drawing.savefig(path, dpi=dpi, metadata=metadata)
     except OSError as failure:
-        raise UserError(f"{path}: cannot be written ({failure.strerror or failure}); choose another place") from failure
+        raise UserError(f"{path}: cannot be written ({reason(failure, path)}); choose another place") from failure
