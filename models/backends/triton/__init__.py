@@ -1,6 +1,6 @@
 """Fused GPU kernels in Triton, one file an operation, with cuBLAS products between them.
 
-Experimental: they have not run on a GPU yet. The tests ran in the interpreter of Triton 3.9.0, which compiled them for an H100.
+Experimental: they have not run on a GPU yet. The tests ran in the interpreter of Triton 3.7.1, which compiled them for an H100.
 
 Shapes: B batch, L pairs in a sequence, T time steps an input is held, E embedding size, M memory size. The operations take the
 arguments of the plain ones (`models.neurons.population`, `models.hebbian_memory`), which define the meaning.
