@@ -113,7 +113,7 @@ def add_options(parser: Parser) -> list[str]:
 
     add = (group := parser.add_argument_group("execution")).add_argument
     add("--device", type=path, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--backend", choices=models.BACKENDS, default="auto", help="kernels; auto: the fastest that runs here (triton, for GPUs, is experimental)")
+    add("--backend", choices=models.BACKENDS, default="auto", help="kernels; auto: the fastest here; triton is experimental")
     add("--print_freq", type=number(int, 1), default=1, help="update the display every N steps")
     add("--logging", **SWITCH, help="also write TensorBoard logs (needs the package tensorboard)")
     recorded += [action.dest for action in group._group_actions]
