@@ -83,7 +83,7 @@ def training_curves(runs: Sequence[Curves], samples_per_epoch: int) -> Figure:
     rows = math.ceil(len(panels) / 3)
     figure = new_figure(TWO_COLUMNS, 44 * rows)
     axes = figure.subplots(rows, 3, sharex=True).flat
-    handles = legend_lines(groups)
+    handles = legend_lines(groups) if len(groups) > 1 else []  # the colours of one group tell columns apart
     for ax, letter, (title, unit, series) in zip(axes, "abcdef", panels, strict=False):
         heading(ax, letter, title)
         legend = []
