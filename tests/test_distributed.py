@@ -123,14 +123,15 @@ def test_a_signal_to_the_program_alone_reaches_all_its_processes(tmp_path, numbe
 def test_interruption_heeds_all_signals_but_those_that_were_ignored():
     """As `nohup` does, which the program must not undo."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        outside = signal.signal(number, signal.default_int_handler)  # the tests themselves may run under `nohup`
         with Interruption() as interruption:
             os.kill(os.getpid(), number)
             assert interruption.status == 128 + number
-        previous = signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
         with Interruption() as interruption:
             os.kill(os.getpid(), number)
             assert interruption.status == 0
-        signal.signal(number, previous)
+        signal.signal(number, outside)
 
 
 # Nodes that do not find together
