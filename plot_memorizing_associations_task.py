@@ -19,7 +19,6 @@ import numpy as np
 import data
 import memorizing_associations_task as task
 import models
-from memorizing_associations_task import add_model_options, check_lengths, model_of, note_on_data, options_of_run
 from utils import checkpoints, results
 from utils.errors import UsageError, UserError, in_one_line
 from utils.figures import activity, animation, curves, files
@@ -34,7 +33,7 @@ TESTS = ["sequence_length", "accuracy"]
 
 def add_options(parser: Parser) -> list[str]:
     """All options of this script. Returns the names of those that the checkpoint has, too."""
-    model = add_model_options(parser)
+    model = task.add_model_options(parser)
     add = parser.add_argument_group("what to draw").add_argument
     add("--checkpoint_path", type=path, default="", help="network to draw; its model options and dataset_seed are the defaults")
     add("--check_params", type=int, choices=(0, 1), default=1, help="0: accept model options that differ from the checkpoint's")
@@ -81,7 +80,7 @@ def main(argv=None) -> None:
     if args.checkpoint_path:
         checkpoint = checkpoints.load(source)
         strict = {"evaluate": True, "check_params": args.check_params}
-        of_checkpoint = options_of_run(parser, recorded, given, source, checkpoint["params"], **strict)
+        of_checkpoint = task.options_of_run(parser, recorded, given, source, checkpoint["params"], **strict)
         at_random = {"example": int(np.random.default_rng(args.seed).integers(data.EVALUATION_SAMPLES["test"]))}
         args = parser.complete(of_checkpoint, {} if args.seed is None else at_random, given)
         check_sample(args)
@@ -93,13 +92,13 @@ def main(argv=None) -> None:
     drawn: dict = {}
     numbers: dict = {}
     if args.checkpoint_path:
-        model = model_of(vars(args), "reference")
+        model = task.model_of(vars(args), "reference")
         checkpoints.load_weights(model, checkpoint, source)
         samples = data.evaluation_set("test", args.sequence_length, args.num_classes, args.feature_size, args.dataset_seed)
         trial = activity.record(model, *samples[args.example].tensors())
         numbers |= {n: v for n, v in trial._asdict().items() if not isinstance(v, dict)} | {"readout": trial.readout}
         print(f"checkpoint        {source}" + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
-        if note := note_on_data(checkpoint["params"]):
+        if note := task.note_on_data(checkpoint["params"]):
             print(note)
         if checkpoint["epoch"]:
             print(f"best accuracy     {checkpoint['best_acc']:.3f} % (validation)")
@@ -138,7 +137,7 @@ def check_sample(args: argparse.Namespace) -> None:
     """Raises UsageError where there is no such sample, or where no neuron of a population or no time would be left to draw."""
     if isinstance(args.sequence_length, tuple):
         raise UsageError("--sequence_length: one length can be drawn at a time")
-    check_lengths(args.sequence_length, args.num_classes, evaluate=True)
+    task.check_lengths(args.sequence_length, args.num_classes, evaluate=True)
     first, last = args.neurons or (0, 0)
     smallest = min(args.embedding_size, args.memory_size)
     if not first <= last or first >= smallest:

@@ -143,13 +143,17 @@ def build_model(
         neuron, rule: in place of those that the options describe: objects with the methods of `LIFNeuron` and `HebbianRule`.
 
     Raises:
-        ValueError: an unknown backend, a constant out of bounds, a name that is nearly an option of the network, or an option
-            that contradicts `neuron` or `rule`.
+        ValueError: an unknown backend, a constant out of bounds, a name that is nearly an option of the network, an option
+            that contradicts `neuron` or `rule`, or one of these that lacks a method.
     """
     backends.check_name(backend)
     refuse_misspelled(params, list(defaults()))
     sizes, dynamics = constants(params)
     for name, part in {"neuron": neuron, "rule": rule}.items():
+        usual = type(getattr(dynamics, name))
+        needed = [method for method, value in vars(usual).items() if callable(value) and not method.startswith("_")]
+        if part is not None and (missing := [method for method in needed if not hasattr(part, method)]):
+            raise ValueError(f"{name}: must have the methods of {usual.__name__}; {part!r:.80} lacks {', '.join(missing)}")
         for field in fields(getattr(dynamics, name)) if part is not None else ():
             own = getattr(part, field.name, None)
             if field.name in params and isinstance(own, bool | int | float) and own != params[field.name]:

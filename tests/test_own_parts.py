@@ -78,6 +78,8 @@ def test_a_run_with_an_own_neuron_and_rule_is_resumed_tested_and_drawn(command, 
     [
         ("--neuron mine", 2, "--neuron: must be MODULE:NAME"),
         ("--neuron nothing:Here", 1, "No module named 'nothing'"),
+        ("--neuron math:pi", 2, "neuron: must have the methods of LIFNeuron; 3.14"),
+        ("--rule mine:slow", 2, "lacks update_trace, update"),
         ("--rule mine:Fast", 1, "has no attribute 'Fast'"),
         ("--neuron mine:slow --tau_mem 5", 2, "tau_mem 5.0: the neuron that is given has 7.0"),
     ],

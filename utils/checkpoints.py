@@ -314,7 +314,7 @@ def _numbers(where: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
-    _number(name, 0.0 if torch.isfinite(tensor).all() else math.nan)
+    _number(name, float(tensor.abs().max()))  # not finite where one of them is not
     return tensor
 
 

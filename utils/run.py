@@ -102,7 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"--output_dir {folder}: another process is writing into it; wait for its end or choose another folder"
         ) from None
-    except (NotImplementedError, OSError) as failure:
+    except (NotImplementedError, OSError) as failure:  # filelock raises the first where a file system has no locks
         if not isinstance(failure, NotImplementedError) and failure.errno not in (ENOLCK, ENOSYS, ENOTSUP):
             where = reason(failure, folder)
             raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
