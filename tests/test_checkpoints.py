@@ -19,6 +19,7 @@ from helpers import assert_same
 import data
 import memorizing_associations_task as task
 import models
+import plot_memorizing_associations_task as plot
 from examples.another_neuron import AdaptiveNeuron
 from examples.another_rule import OjaRule
 from experiments import export
@@ -230,7 +231,7 @@ def test_removed_options_of_a_checkpoint_are_refused_unless_they_changed_nothing
 # Use as a library
 
 
-def test_a_network_is_saved_loaded_and_evaluated(tmp_path):
+def test_a_network_is_saved_loaded_and_evaluated(tmp_path, capsys):
     path, sizes = tmp_path / "mine.pth.tar", {"num_classes": 3, "num_time_steps": 40, "embedding_size": 16, "memory_size": 20}
     model = models.build_model(sizes)
     model.load_state_dict(checkpoints.load(PUBLISHED)["state_dict"])
@@ -239,6 +240,14 @@ def test_a_network_is_saved_loaded_and_evaluated(tmp_path):
     rows = list(csv.DictReader((tmp_path / "mine.accuracy_by_length.csv").read_text().splitlines()))
     assert [(row["sequence_length"], row["trained_length"]) for row in rows] == [("1", "2"), ("2", "2")]
     assert rows[1]["accuracy"] == "34.0"
+    # It may have been trained on any vectors; the original implementation's was trained on those of the test set.
+    said = []
+    for network in (path, PUBLISHED):
+        capsys.readouterr()
+        assert task.main(["--resume", str(network), "--evaluate", "--device", "cpu"]) == 0
+        assert plot.main(["--checkpoint_path", str(network), "--figure", "memory", "--output", str(tmp_path / "m.png")]) == 0
+        said.append(capsys.readouterr().out.count("note: no dataset_seed is recorded"))
+    assert said == [2, 0]
 
 
 @pytest.mark.parametrize(

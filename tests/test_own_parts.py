@@ -73,6 +73,11 @@ def test_a_run_with_an_own_neuron_and_rule_is_resumed_tested_and_drawn(command, 
     assert checkpoints.described(built[-1].dynamics) == checkpoints.described(dynamics)
 
 
+def test_an_object_brings_its_constants(capsys):
+    assert task.main([*TINY, "--neuron", "mine:slow", "--print_options"]) == 0
+    assert "tau_mem: 7.0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
