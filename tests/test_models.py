@@ -155,7 +155,7 @@ for program in {programs}:
         runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         print(end.code)"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     line = "error: PyTorch 2.6.1+cpu is too old: install 2.7 or later (pip install --upgrade torch)\n"
     assert done.stdout == line * len(programs)
