@@ -1,6 +1,6 @@
 # make demo   set everything up, train the quickstart (a few minutes on 2 cores), test it, draw its figures
 # make test   set everything up, check the code, run the fast tests
-# make test-all   the slow tests, too, as CI does
+# make test-all   also run the slow tests, as CI does
 
 PYTHON ?= python3
 VENV := .venv

@@ -1,10 +1,10 @@
-"""All that needs a GPU, in one go of less than 8 minutes on an H100: agreement, speed, memory, a training, the tests.
+"""Check and measure the Triton backend, in less than 8 minutes on an H100: agreement, speed, memory, a run, the tests.
 
     python -m benchmarks.gpu_check [--output FOLDER]
     python -m benchmarks.gpu_check --dry-run    the same at tiny sizes on a CPU, in Triton's interpreter: times mean nothing
 
-Prints a Markdown table line by line as it measures, and writes it to FOLDER/table.md. First the Triton backend is compared with
-the published numbers and with the reference; where it differs, no speed is measured. The exit status is 0 when all parts ran.
+Prints a Markdown table line by line, and writes it to FOLDER/table.md. First the Triton backend is compared with the numbers
+of the original implementation and with the reference; if it differs, no speed is measured. The exit status is 0 if all ran.
 """
 
 import argparse
@@ -35,7 +35,7 @@ STEPS = 2 if DRY else 20  # timed; their median counts
 GB, MS = 1e9, 1e-3
 
 Row = tuple[str, str, str]  # what, measured, aim
-measured: dict[str, float] = {}  # what later parts need of earlier ones
+measured: dict[str, float] = {}  # values that later parts need
 
 
 class Training(training_step.Training):
@@ -81,26 +81,26 @@ def environment(_) -> Iterator[Row]:
 
 
 def published_numbers(_) -> Iterator[Row]:
-    """At full size; the tests have the small ones."""
+    """At full size; the tests check the small ones."""
     if DRY:
         return  # an hour in the interpreter
     golden.check(golden.load("full_size_float64"), "triton", DEVICE)
-    yield "published numbers, float64", "agrees", "spikes equal, all else to 1e-9"
+    yield "original implementation, float64", "agrees", "spikes equal, all else to 1e-9"
     expected = golden.load("full_size_float32")
     output, *_ = golden.run(expected, "triton", DEVICE)
     shares = [(output.activity[name].cpu() != expected.out[name]).float().mean().item() for name in POPULATIONS]
-    yield "published numbers, float32: largest share of other spikes", f"{max(shares):.2%}", "< 1 %"
+    yield "original implementation, float32: largest share of differing spikes", f"{max(shares):.2%}", "< 1 %"
     if max(shares) >= 0.01:
-        raise ArithmeticError("other spikes than published")
+        raise ArithmeticError("spikes differ from the original implementation's")
 
 
 def against_the_reference(_) -> Iterator[Row]:
     ours, theirs = (Training(backend, 2, 64) for backend in ("triton", "reference"))
     spikes = [t.model(t.batch.features, t.batch.labels, t.batch.query, record=True).activity for t in (ours, theirs)]
     shares = [(spikes[0][name] != spikes[1][name]).float().mean().item() for name in POPULATIONS]
-    yield "reference on this device, float32: largest share of other spikes", f"{max(shares):.2%}", "< 1 %"
+    yield "reference on this device, float32: largest share of differing spikes", f"{max(shares):.2%}", "< 1 %"
     if max(shares) >= 0.01:
-        raise ArithmeticError("other spikes than the reference's")
+        raise ArithmeticError("spikes differ from the reference's")
     for training in (ours, theirs):
         training.step()
     change = (ours.weights() - theirs.weights()).abs().max().item()
@@ -138,7 +138,7 @@ def long_sequences(_) -> Iterator[Row]:
 
 
 def reference_speed(_) -> Iterator[Row]:
-    """The reference at the largest batch it can hold, by doubling."""
+    """The reference, with the batch doubled while memory and time allow."""
     best, batch_size = 0.0, 512
     for _ in range(1 if DRY else 5):
         try:
@@ -159,13 +159,13 @@ def reference_speed(_) -> Iterator[Row]:
 
 
 def script(seconds: int, *arguments) -> int:
-    """Exit status of a script of the root, which is interrupted, so that it saves, after some time."""
+    """Exit status of a script, which is interrupted after `seconds`, so that it saves."""
     limit = ["timeout", "--preserve-status", "--kill-after=20", str(seconds)]
     return subprocess.run([*limit, sys.executable, *map(str, arguments)], cwd=ROOT).returncode
 
 
 def training(folder: Path) -> Iterator[Row]:
-    """From this seed the network learns. What time does not allow is left out: at its end the training saves."""
+    """Train with a seed that learns. At the time limit, the run saves and stops."""
     run = folder / "training"
     shutil.rmtree(run, ignore_errors=True)
     backend = ["--device", DEVICE, "--backend", "cpp" if DRY else "triton"]  # in the interpreter an epoch would take hours
@@ -197,7 +197,7 @@ MEASUREMENTS = (speed, long_sequences, reference_speed)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_check"), help="folder of the results")
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="at tiny sizes on a CPU: tests this program")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="run at tiny sizes on a CPU, to test this program")
     args = parser.parse_args()
     if args.dry_run and not DRY:  # the interpreter is chosen when Triton is imported
         environment_of_it = os.environ | {"TRITON_INTERPRET": "1"}
@@ -223,7 +223,7 @@ def main() -> int:
             try:
                 for row in part(args.output):
                     write(row)
-            except Exception as error:  # the other parts are worth having
+            except Exception as error:  # the other parts still run
                 failed = True
                 write((f"**{part.__name__} failed**", f"{type(error).__name__}: {error}".splitlines()[0], ""))
     return int(failed)

@@ -4,10 +4,9 @@
     python -m benchmarks.training_step --networks pretrained/recipe-sequence_length10-seed2.pth.tar
     CXX="g++ -march=haswell" OMP_NUM_THREADS=1 python -m benchmarks.training_step --backends cpp
 
-The kernels follow the spikes, so a step costs what the network's activity costs: a new network fires most, a trained one much
-less. The step is the task script's own, from the second epoch (with the regularization of rates). Each case runs in a process
-of its own. No speed is printed for a result that has not been checked: first the backend's spikes and gradients are compared
-with the reference's in float64, with the network's own weights.
+The kernels' time depends on the number of spikes: a new network fires most, a trained one much less. The step is the task
+script's, as in the second epoch (with rate regularization). Each case runs in a separate process. Before it is measured, the
+backend's spikes and gradients are compared with the reference's in float64, with the network's weights.
 """
 
 import argparse
@@ -33,13 +32,13 @@ from utils import checkpoints
 from utils.errors import UserError
 
 NEW = "new"
-EPOCH = 1  # the first one with the regularization
+EPOCH = 1  # the first one with rate regularization
 HEAD = "backend", "network", "pairs", "memory size", "batch", "s a step", "samples/s", "of a 4096³ product", "peak MiB"
 
 
 class Training:
-    """The network of a case (new, from seed 0, or a checkpoint's) in training, on one batch after the other. What is not given
-    is at the defaults of the task script; `model` changes constants of the network."""
+    """The network of a case (new with seed 0, or from a checkpoint) in training. `model` changes constants of the network; all
+    other options have the defaults of the task script."""
 
     def __init__(self, case, backend, device, dtype=torch.float32, *, learning_rate=0.003, max_grad_norm=40.0, **model):
         params, weights = {"num_classes": case["length"], "memory_size": case["memory_size"]}, None
@@ -54,7 +53,7 @@ class Training:
         self.draw(0)
 
     def draw(self, number: int) -> None:
-        """A batch."""
+        """Draw a batch by its number."""
         first, sizes, weight = number * self.batch_size, self.model.sizes, self.model.output_layer.weight
         task_sizes = {"num_classes": sizes.num_classes, "feature_size": sizes.feature_size, "dataset_seed": 42}
         batch = data.training_samples(first, first + self.batch_size, EPOCH, self.length, **task_sizes)
@@ -67,7 +66,7 @@ class Training:
 
 
 def check(case: dict) -> str | None:
-    """What differs from the reference at two samples of up to five pairs in float64, or None."""
+    """What differs from the reference in float64, for two samples of up to five pairs, or None."""
     results = []
     small = case | {"batch": 2, "length": min(case["length"], 5)}
     for backend in (case["backend"], "reference"):
@@ -88,7 +87,7 @@ def check(case: dict) -> str | None:
 
 
 def measure(case: dict) -> dict[str, float]:
-    """Median seconds of a step and of a 4096 x 4096 x 4096 float32 product beside it, and peak MiB."""
+    """Median seconds of a step and of a 4096 x 4096 x 4096 float32 product, measured in turn, and peak MiB."""
     training = Training(case, case["backend"], "cpu")
     training.step()  # warm
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -105,7 +104,7 @@ def measure(case: dict) -> dict[str, float]:
 
 
 def cases(arguments: argparse.Namespace) -> list[dict]:
-    """What is to be measured, in the order of the options."""
+    """The cases to measure, in the order of the options."""
     found = []
     for backend, network in itertools.product(arguments.backends, arguments.networks):
         sizes = itertools.product(arguments.lengths, arguments.memory_sizes)
@@ -121,7 +120,7 @@ def cases(arguments: argparse.Namespace) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=["cpp", "reference"])
-    parser.add_argument("--networks", nargs="+", default=[NEW], help=f"'{NEW}', or checkpoints, which bring their own sizes")
+    parser.add_argument("--networks", nargs="+", default=[NEW], help=f"'{NEW}', or checkpoints, which have their own sizes")
     parser.add_argument("--lengths", nargs="+", type=int, default=[10])
     parser.add_argument("--batches", nargs="+", type=int, default=[64])
     parser.add_argument("--memory_sizes", nargs="+", type=int, default=[100])

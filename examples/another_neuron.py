@@ -1,4 +1,4 @@
-"""A neuron of one's own: its threshold adapts. Train a network of such neurons, then draw the neuron beside the default one:
+"""A custom neuron with an adaptive threshold. Train a network of such neurons, then plot this neuron and the default one:
 
 python memorizing_associations_task.py --config configs/quickstart.yaml --neuron examples.another_neuron:AdaptiveNeuron
 python -m examples.another_neuron

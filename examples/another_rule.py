@@ -1,4 +1,4 @@
-"""A Hebbian rule of one's own: Oja's. Train a network with it, then draw the rule beside the default one:
+"""A custom Hebbian rule: Oja's. Train a network with it, then plot this rule and the default one:
 
 python memorizing_associations_task.py --config configs/quickstart.yaml --rule examples.another_rule:OjaRule
 python -m examples.another_rule
@@ -15,12 +15,12 @@ from models.plasticity import HebbianRule
 
 @dataclass(frozen=True)
 class OjaRule(HebbianRule):
-    """W_ij + eta nu_i (kappa_j - nu_i W_ij): Oja (1982). A weight decays where the value neuron is active, not the key."""
+    """W_ij + eta nu_i (kappa_j - nu_i W_ij): Oja (1982). A weight decays while its value neuron, not its key neuron, fires."""
 
     eta: float = constant(0.3, low=0)  # learning rate of the rule
 
     def update(self, memory, value_trace, key_trace):
-        nu, kappa = value_trace.unsqueeze(-1), key_trace.unsqueeze(-2)  # of memory: rows are values, columns keys
+        nu, kappa = value_trace.unsqueeze(-1), key_trace.unsqueeze(-2)  # memory: rows are values, columns are keys
         return memory + self.eta * nu * (kappa - nu * memory)
 
 

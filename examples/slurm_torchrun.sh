@@ -1,8 +1,8 @@
 #!/bin/bash
 # Two nodes with four GPUs each: torchrun starts one process per GPU. Submit it from the root of the repository, with an
-# environment active (SLURM passes it on); options of the training may follow:
+# environment active (SLURM passes it on); options of the task script may follow:
 #   sbatch examples/slurm_torchrun.sh --config configs/quickstart.yaml
-# Without GPUs: take out --gpus-per-node, and write --nproc_per_node N and --dist-backend gloo below.
+# Without GPUs: remove --gpus-per-node, and write --nproc_per_node N and --dist-backend gloo below.
 #SBATCH --job-name=memorizing_associations
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -15,7 +15,7 @@
 #SBATCH --output=slurm_%j.out
 
 node0=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 10000)) # each job its own
+port=$((20000 + SLURM_JOB_ID % 10000)) # a port for each job
 output=runs/slurm${SLURM_ARRAY_TASK_ID:+_seed$SLURM_ARRAY_TASK_ID}
 seed=${SLURM_ARRAY_TASK_ID:+--seed $SLURM_ARRAY_TASK_ID}
 before=$(wc -l < "slurm_$SLURM_JOB_ID.out") # lines of an earlier start of this job
@@ -27,8 +27,8 @@ srun --kill-on-bad-exit=0 --wait=60 torchrun --nnodes "$SLURM_NNODES" --nproc_pe
     --output_dir "$output" --resume auto $seed "$@"
 status=$?
 
-# torchrun leaves with 1 whether the training failed or was interrupted, but the training prints which. Interrupted, the job is
-# queued again, and resumes.
+# torchrun exits with 1 if the run failed or was interrupted, so the output is searched. An interrupted job is queued again, and
+# resumes.
 if ((status)) && tail -n "+$((before + 1))" "slurm_$SLURM_JOB_ID.out" | grep -q '^interrupted in epoch'; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,16 +1,16 @@
-"""What trained networks recall, and what instead: by position of the asked pair, by noise on the query, and where errors point.
+"""Analyse what trained networks recall: by position of the asked pair, by noise on the query, and which labels errors name.
 
 python -m experiments.analyze pretrained/*.pth.tar --output_dir experiments/results/analysis
 
-All but the last use the original test set (2,000 samples), at the length trained on. Writes a table each, and memory.png:
+All tables but the last use the original test set (2,000 samples) at the training length. Writes memory.png and these tables:
 
-position    by position of the asked pair
-errors      which label a wrong answer names
-noise       Gaussian, added to every component of the query, not clipped. `nearest`: the share of samples in which the asked
-            vector is still the nearest to the query, as an exact memory would answer
-pause       one pair's time without input between the last pair and the query
-depression  another gamma_neg at the test alone; the weights stay as they were trained
-fresh       20,000 samples that no network has seen, as trained and without depression
+position    accuracy by position of the asked pair
+errors      the labels that wrong answers name
+noise       accuracy with Gaussian noise on every component of the query, not clipped. `nearest`: the share of samples in which
+            the asked vector is still the nearest to the query, which is an exact memory's accuracy
+pause       accuracy without and with one pair's time without input between the last pair and the query
+depression  accuracy with other values of gamma_neg at the test and unchanged weights
+fresh       accuracy on 20,000 samples that no network has seen, as trained and without depression
 """
 
 import argparse
@@ -33,8 +33,8 @@ from utils.figures.style import DASHED, DOTTED, GREY, SERIES, TWO_COLUMNS, new_f
 from utils.metrics import to_csv
 
 DEPRESSION = (0.3, 0.2, 0.1, 0.02, 0.0)
-BATCH = 125  # as the task script tests: the rounding of a product depends on it
-FRESH, UNUSED_EPOCH = 20_000, 1_000_000  # samples, from the training samples of an epoch that no run reaches
+BATCH = 125  # as in the task script: rounding depends on the batch size
+FRESH, UNUSED_EPOCH = 20_000, 1_000_000  # training samples of an epoch that no run reaches
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # standard deviations
 
 
@@ -58,7 +58,7 @@ def main(argv=None) -> int:
 
 
 def named(paths: list[Path]) -> dict[str, Path]:
-    """The networks by the names of their files; by their paths from a common folder where two files have one name."""
+    """Paths by file name, or by path from the common folder if two files have the same name."""
     paths = list(dict.fromkeys(path.absolute() for path in paths))
     several = len({path.name for path in paths}) < len(paths)
     base = Path(os.path.commonpath(paths)) if several else None
@@ -88,7 +88,7 @@ def analyse(path: Path) -> Iterator[tuple[str, dict]]:
         here = asked == position
         yield "position", {"position": position + 1, "samples": int(here.sum()), "accuracy": percent(correct[here])}
 
-    # Where wrong answers point to: for a label that was shown, the pair that it belongs to.
+    # The pair that a wrong answer names, if its label was shown.
     wrong = ~correct
     shown = test.labels[wrong] == answers[wrong, None]  # errors x L
     known = shown.any(1)
@@ -134,7 +134,7 @@ def analyse(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def answer(model, test: data.Samples, query: Tensor, pause: bool = False) -> Tensor:
-    """N labels."""
+    """The answers of a network, N labels. `pause` adds one pair's time without input before the query."""
     answers = []
     for first in range(0, len(query), BATCH):
         part = slice(first, first + BATCH)
@@ -154,12 +154,12 @@ def percent(hits: Tensor) -> float:
 
 @styled
 def draw(tables: dict[str, list[dict]]) -> Figure:
-    """Accuracy by position and by noise, and where the errors point to."""
+    """Accuracy by position and by noise, and the labels that errors name."""
     figure = new_figure(TWO_COLUMNS, 62)
     position, noise, errors = figure.subplots(1, 3)
     names = [row["network"] for row in tables["errors"]]
     colours = dict(zip(names, SERIES * len(names), strict=False))
-    repeated = names[len(SERIES) :]  # in a colour that another has: dashed and hatched
+    repeated = names[len(SERIES) :]  # dashed and hatched, since another has the colour
     for name in names:
         dashes = DASHED if name in repeated else "-"
         for ax, table, x in ((position, "position", "position"), (noise, "noise", "deviation")):

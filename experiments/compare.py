@@ -1,14 +1,14 @@
-"""Other networks on the same task: train them, test them at other lengths, make a table and a figure of all.
+"""Train other networks on the same task, test them at several lengths, and compare all in a table and a figure.
 
 python -m experiments.compare --output_dir experiments/comparison
 python -m experiments.compare --output_dir runs/comparison --networks lstm delta_rule --seeds 1 2
 
-Runs that OUTPUT_DIR holds are not repeated; where none is missing, only the table and the figure are made anew. The committed
-runs had one thread (OMP_NUM_THREADS=1); another processor rounds otherwise.
+Runs in OUTPUT_DIR are not repeated; if none is missing, only the table and the figure are written again. The committed runs
+used one thread (OMP_NUM_THREADS=1); another processor rounds differently.
 
 metrics.csv    a row per epoch of each run; accuracies in percent
-tests.csv      a row per tested length of each run: the network of the epoch that is best in validation
-comparison.*   table (csv, md) and figure (png), with the spiking networks whose runs the folder of --spiking keeps
+tests.csv      a row per tested length of each run, for the network of its best validation epoch
+comparison.*   table (csv, md) and figure (png), including the spiking networks in the --spiking folder
 
 Shapes: B batch, L pairs in a sequence, C classes, F features, E embedding size, M memory size.
 """
@@ -47,7 +47,7 @@ from utils.results import Result, columns, read_results
 # All are trained with 10 pairs of 30 classes, and have about as many parameters as the spiking network.
 PAIRS, SIZES = 10, {"num_classes": 30, "feature_size": 10, "dataset_seed": 42}
 MAX_GRAD_NORM, EVALUATION_BATCH = 40.0, 125
-TESTED, SHOWN = (2, 3, 4, 5, 7, 10, 15, 20, 25, 30), (2, 5, 10, 20, 30)  # lengths; the latter are in the table
+TESTED, SHOWN = (2, 3, 4, 5, 7, 10, 15, 20, 25, 30), (2, 5, 10, 20, 30)  # lengths tested, and those in the table
 REACHED = 90.0  # percent in validation
 METRICS = "network,seed,epoch,learning_rate,train_loss,train_accuracy,validation_loss,validation_accuracy,seconds".split(",")
 TESTS = ["network", "seed", "sequence_length", "accuracy", "loss"]
@@ -57,9 +57,9 @@ TESTS = ["network", "seed", "sequence_length", "accuracy", "loss"]
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of runs, table and figure")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to train (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=range(1, 6), help="of the initial weights (default: 1 to 5)")
-    parser.add_argument("--spiking", type=Path, default=Path("experiments/results"), help="kept runs of spiking networks")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(1, 6), help="seeds of initial weights (default: 1 to 5)")
+    parser.add_argument("--spiking", type=Path, default=Path("experiments/results"), help="folder of kept spiking runs")
     args = parser.parse_args(argv)
     if not all(0 <= seed < 2**31 for seed in args.seeds):
         parser.error("argument --seeds: must be 0 to 2147483647")
@@ -126,7 +126,7 @@ class DeltaRule(LinearAttention):
 
 
 class Tokens(nn.Module):
-    """What networks of sequences share: pairs and query as tokens, vector and label added."""
+    """Base of the sequence networks: each pair, and the query, is a token, the sum of embedded vector and label."""
 
     def __init__(self, num_classes: int, feature_size: int, embedding_size: int):
         super().__init__()
@@ -143,7 +143,7 @@ class Tokens(nn.Module):
 
 class Transformer(Tokens):
     """An encoder of two layers of four heads, normalized before each part; the answer is read from the query's token.
-    `positions` adds sines and cosines to the pairs, else a set. Source: Vaswani et al., Attention Is All You Need, 2017."""
+    `positions` adds sines and cosines to the pairs. Source: Vaswani et al., Attention Is All You Need, 2017."""
 
     def __init__(self, positions: bool = False, num_classes: int = 30, feature_size: int = 10, embedding_size: int = 56):
         super().__init__(num_classes, feature_size, embedding_size)
@@ -177,12 +177,12 @@ class LSTM(Tokens):
         return self.output_layer(hidden[:, -1])
 
 
-RULE = HebbianRule(w_max=1.0, gamma_pos=0.1, gamma_neg=0.1)  # its time constant is without meaning here
+RULE = HebbianRule(w_max=1.0, gamma_pos=0.1, gamma_neg=0.1)  # its time constant is not used here
 
 
 class HMem(nn.Module):
-    """Rectified keys and values, one update of the Hebbian rule a pair. Source: the published program of arXiv:2205.11276, its
-    variant without spikes, newest version, with its constants and names of parameters; its memory size was 100."""
+    """Rectified keys and values, one Hebbian update per pair. Source: the newest variant without spikes in the original
+    implementation of arXiv:2205.11276, with its constants and parameter names; its memory size was 100."""
 
     def __init__(self, num_classes: int = 30, memory_size: int = 120, rule: HebbianRule = RULE):
         super().__init__()
@@ -214,13 +214,13 @@ class HMem(nn.Module):
 
 
 class Setting(NamedTuple):
-    """How a network is called and trained: best in validation of the learning rates 0.0003, 0.001 and 0.003, with and without a
-    curriculum, all with seed 1."""
+    """Label and training of a network. Its learning rate (0.0003, 0.001 or 0.003) and its curriculum (with or without) were the
+    best in validation with seed 1."""
 
     words: str
     make: Callable[[], nn.Module]
     learning_rate: float
-    curriculum_start: int = 0  # pairs in the first epoch; 4 more in each; 0: always all
+    curriculum_start: int = 0  # pairs in the first epoch, 4 more in each later one; 0: always all
     epochs: int = 20
     batch_size: int = 128
     learning_rate_decay: float = 0.9  # a factor each epoch
@@ -233,7 +233,7 @@ NETWORKS = {
     "delta_rule": Setting("delta rule", DeltaRule, 0.003),
     "h_mem": Setting("H-Mem (published, without spikes)", HMem, 0.003),
     "lstm": Setting("LSTM", LSTM, 0.003, 2),
-    # One learning rate, which was not searched for.
+    # Its learning rate was not searched for.
     "delta_rule_longer": Setting("delta rule, budget of the recipes", DeltaRule, 0.005, 0, 40, 64, 0.94),
 }
 SPIKING = {  # groups of kept runs of the task script
@@ -315,11 +315,11 @@ def read_runs(folder: Path) -> dict[tuple[str, int], Result]:
             lengths = {name: setting.epochs if head is METRICS else len(TESTED) for name, setting in NETWORKS.items()}
             whole = all(lengths.get(name) == len(rows) for (name, _), rows in runs.items())
             if lines[:1] != [",".join(head)] or not whole:
-                raise ValueError("columns, or rows of a run, are missing or not of this program")
+                raise ValueError("columns, or rows of a run, are missing or unknown")
             if found and not runs.keys() <= found[0].keys():
                 raise ValueError("metrics.csv lacks some of its runs")
         except (ValueError, TypeError, csv.Error) as damage:
-            raise UserError(f"{path}: damaged ({damage}); restore it, or remove it to train anew") from damage
+            raise UserError(f"{path}: damaged ({damage}); restore it, or remove it to train again") from damage
         found.append(runs)
     metrics, tests = found
     batches = {name: {"batch_size": setting.batch_size} for name, setting in NETWORKS.items()}
@@ -327,7 +327,7 @@ def read_runs(folder: Path) -> dict[tuple[str, int], Result]:
 
 
 def read_groups(folder: Path, spiking: Path) -> dict[str, list[Result]]:
-    """The runs of each network, and of each spiking one that is there."""
+    """The runs of each network, including the spiking networks with a folder."""
     groups: dict[str, list[Result]] = {}
     for result in read_runs(folder).values():
         groups.setdefault(result.name, []).append(result)
@@ -347,7 +347,7 @@ def keep(folder: Path, run: tuple[str, int], result: Result) -> None:
 
 def table(groups: dict[str, list[Result]]) -> list[dict]:
     """A row per group: test accuracy in percent at each length (mean and standard deviation over the seeds), thousands of
-    training samples until 90 % in validation (mean; "-" where a seed never gets there)."""
+    training samples until 90 % in validation (mean; "-" if a seed never reaches it)."""
     rows = []
     for group, runs in groups.items():
         reached = [first_above(run, REACHED) for run in runs]
@@ -364,7 +364,7 @@ def table(groups: dict[str, list[Result]]) -> list[dict]:
 
 
 def first_above(run: Result, percent: float) -> float | None:
-    """Thousands of training samples at the end of the first epoch that is this good in validation."""
+    """Thousands of training samples until the end of the first epoch with this validation accuracy."""
     epochs = (n for n, line in enumerate(run.metrics, start=1) if float(line["validation_accuracy"]) >= percent)
     return next((n * data.TRAINING_SAMPLES / 1000 for n in epochs), None)
 

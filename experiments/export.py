@@ -1,4 +1,4 @@
-"""Write a checkpoint of this program as one that the published program loads, with Adam's state.
+"""Convert a checkpoint of this program, with Adam's state, for the original implementation.
 
 python -m experiments.export runs/quickstart/model_best.pth.tar quickstart.pth.tar
 """
@@ -14,7 +14,7 @@ from experiments.sweep import DEFAULTS
 from utils import checkpoints
 from utils.errors import UserError, in_one_line
 
-# The published program's options, in its order; `distributed` is what it makes of them.
+# The options of the original implementation, in its order. It derives `distributed` from them.
 PUBLISHED_OPTIONS = """sequence_length num_classes feature_size inf_data num_time_steps workers prefetch_factor embedding_size
     memory_size w_max gamma_pos gamma_neg tau_trace readout_delay thr perfect_reset refractory_time_steps tau_mem
     dampening_factor epochs batch_size learning_rate learning_rate_decay decay_learning_rate_every max_grad_norm l2 target_rate
@@ -26,7 +26,7 @@ PUBLISHED_OPTIONS = """sequence_length num_classes feature_size inf_data num_tim
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of this program")
-    parser.add_argument("file", type=Path, help="file to write for the published program")
+    parser.add_argument("file", type=Path, help="file to write for the original implementation")
     args = parser.parse_args(argv)
     content = published(checkpoints.load(args.checkpoint), args.checkpoint)
     checkpoints.write_atomically(args.file, lambda file: torch.save(content, file))
@@ -34,11 +34,11 @@ def main(argv=None) -> int:
 
 
 def published(checkpoint: dict, source: Path) -> dict:
-    """The content of a published checkpoint. Raises UserError for a model option that the published program does not know."""
+    """The content for the original implementation. Raises UserError for a model option that it does not know."""
     params = DEFAULTS | checkpoint["params"]
     own = [name for name in checkpoints.DEFAULTS if name not in PUBLISHED_OPTIONS]
     if unknown := [f"{name} {params[name]}" for name in own if params[name] != DEFAULTS[name]]:
-        raise UserError(f"{source}: the published program has no {', '.join(unknown)}")
+        raise UserError(f"{source}: the original implementation has no {', '.join(unknown)}")
     options = {name: params[name] for name in PUBLISHED_OPTIONS}
     options |= {"inf_data": bool(options["inf_data"]), "resume": "", "evaluate": False, "distributed": False}
 

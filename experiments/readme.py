@@ -1,8 +1,8 @@
-"""Write what the READMEs have from the runs that are kept anew: their tables, and some sentences.
+"""Update the parts of the READMEs that come from the kept runs: their tables and some sentences.
 
 python -m experiments.readme
 
-What stands between <!-- NAME --> and <!-- end --> is replaced by what the function of that name in FROM_RUNS returns.
+The text between <!-- NAME --> and <!-- end --> is replaced by the result of the function NAME in FROM_RUNS.
 """
 
 import argparse
@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / name for name in ("README.md", "experiments/README.md", "pretrained/README.md")]
 BLOCK = re.compile(r"<!-- (\w+) -->.*?<!-- end -->", re.DOTALL)
 LENGTHS = (2, 5, 10, 20, 30, 40, 55)
-PUBLISHED = ("published", "published_0.3")  # a seed names other initial weights in each of them
+PUBLISHED = ("published", "published_0.3")  # a seed gives other initial weights in each
 SHORT = ("published_0.3_short", "ood_published")
 TESTED = 2000  # samples
-# Neurons of each population that fires while a pair is stored, and of each that fires while one is recalled.
+# The populations that fire while a pair is stored and while one is recalled, with their numbers of neurons.
 STORING = {"features_encoded": 80, "labels_encoded": 80, "write_key": 100, "write_value": 100}
 RECALLING = {"query_encoded": 80, "read_key": 100, "read_value": 100}
 SECONDS_OF_A_PAIR = 0.1
@@ -47,7 +47,7 @@ def main(argv=None) -> int:
 
 
 class Kept:
-    """What the folder of experiments keeps: runs and their rows of table.csv by group, and the tables of the analysis."""
+    """The kept runs, and their rows of table.csv, by group; the comparison; the tables of the analysis."""
 
     def __init__(self, folder: Path):
         self.runs: dict[str, list[Result]] = {}
@@ -60,7 +60,7 @@ class Kept:
         self.analysis = {path.stem: read_csv(path) for path in (folder / "results" / "analysis").glob("*.csv")}
 
     def both(self, *groups: str) -> list[tuple[Result, dict[str, Any]]]:
-        """The runs of some groups, each with its row."""
+        """The runs of these groups, each with its row."""
         return [pair for group in groups if group in self.runs for pair in zip(self.runs[group], self.rows[group], strict=True)]
 
     def tests(self, group: str, length: int) -> list[float]:
@@ -72,7 +72,7 @@ class Kept:
         return [row for row in self.analysis[table] if row["network"] == network]
 
     def networks_in(self, table: str) -> list[str]:
-        """Those of pretrained/, shortest sequences first, the tuned rule last."""
+        """The networks of a table, shortest sequences first, the tuned rule last."""
         names = {row["network"] for row in self.analysis[table]}
         return sorted(names, key=lambda name: ("tuned" in name, int(re.split("[ ,]", in_words(name))[0]), name))
 
@@ -82,7 +82,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def fill(text: str, kept: Kept) -> str:
-    """The text with what comes from the runs made anew. Raises UserError for an unknown name."""
+    """The text with its generated parts updated. Raises UserError for an unknown name."""
 
     def made_anew(block: re.Match) -> str:
         if block[1] not in FROM_RUNS:
@@ -103,27 +103,27 @@ def markdown(rows: list[list]) -> str:
 
 
 def several(values: list[float], digits: int = 1) -> str:
-    """Mean ± standard deviation (number of them); of one, all its digits."""
+    """Mean ± standard deviation (number of values); a single value with two digits."""
     if len(values) < 2:
         return "".join(f"{value:.2f} (1)" for value in values)
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)})"
 
 
 def difference(before: list[float], after: list[float]) -> str:
-    """Of the means of seeds, with its standard error."""
+    """The difference of the means over seeds, with its standard error."""
     if min(len(before), len(after)) < 2:
         return "one seed"
     return gain(mean(after) - mean(before), *(stdev(values) / len(values) ** 0.5 for values in (before, after)))
 
 
 def gain(points: float, *errors: float) -> str:
-    """With its standard error, from those of both sides; "none" within one of them."""
+    """A difference with its standard error, from the errors of both sides; "none" within one error."""
     error = math.hypot(*errors)
     return "none" if abs(points) <= error else f"{points:+.2f} ± {error:.2f}"
 
 
 def error_of_share(percent: float, samples: int) -> float:
-    """The standard error in points."""
+    """The standard error of a share, in percentage points."""
     return math.sqrt(percent * (100 - percent) / samples)
 
 
@@ -148,11 +148,11 @@ def in_words(network: str) -> str:
     return f"{length or 10}{words.get(group, ', from one pair')}"
 
 
-# What is measured
+# Measurements
 
 
 def to_the_end(kept: Kept) -> list[dict[str, Any]]:
-    """The published options to their 250 epochs, or silent in epoch 100, where a run ends."""
+    """Rows of the runs with the published options that had 250 epochs, or were silent in epoch 100 and ended."""
     return [row for _, row in kept.both(*PUBLISHED) if row["of_epochs"] >= 100]
 
 
@@ -165,7 +165,7 @@ def half_right(run: Result) -> int | None:
 
 
 def spikes(run: Result) -> float:
-    """Of all populations in a sample, mean over the training samples of the last epoch."""
+    """Spikes of all populations per sample, mean over the training samples of the last epoch."""
     line, pairs = run.metrics[-1], run.options["sequence_length"]
     storing, recalling = (sum(line[name] * size for name, size in part.items()) for part in (STORING, RECALLING))
     return SECONDS_OF_A_PAIR * (pairs * storing + recalling)
@@ -181,7 +181,7 @@ def later_by_chance(kept: Kept, network: str) -> float:
 
 
 def right(row: dict[str, str]) -> int:
-    """Samples, from a row of the analysis by position."""
+    """The number of right answers in a row of the position table."""
     return round(int(row["samples"]) * float(row["accuracy"]) / 100)
 
 
@@ -198,7 +198,7 @@ def waking(kept: Kept) -> str:
 
 
 def to_their_end(kept: Kept) -> str:
-    """The published options, of which the seeds that learned, beside the recipe."""
+    """Test accuracy of the seeds that learned: with the published options, and with the recipe."""
     words = []
     for length in (5, 10):
         found = [row for row in to_the_end(kept) if row["sequence_length"] == length and row["outcome"] == "learned"]
@@ -215,7 +215,7 @@ def hours(kept: Kept) -> str:
 
 
 def results(kept: Kept) -> list[list]:
-    """Of the front page."""
+    """The table of the front page."""
     rows = [["pairs of as many classes", "updates", *LENGTHS]]
     whole = [row for row in to_the_end(kept) if row["num_classes"] > 1]
     each = [", ".join(tested(row) for row in whole if row["sequence_length"] == length) or "not run" for length in LENGTHS]
@@ -228,7 +228,7 @@ def results(kept: Kept) -> list[list]:
 
 
 def published(kept: Kept) -> list[list]:
-    """Every run of the published options: what the reading values do, and what is reached."""
+    """Every run with the published options: when the reading values are silent, and the accuracy."""
     head = ["pairs", "classes", "initial weights", "epochs", "seeds", "fall silent in epoch", "silent for epochs", "never wake"]
     rows = [[*head, "50 % in validation in epoch", "test %, each seed"]]
     found: dict[tuple, list[tuple[Result, dict]]] = {}
@@ -248,7 +248,7 @@ def published(kept: Kept) -> list[list]:
 
 
 def two_pairs(kept: Kept) -> list[list]:
-    """The published options at 2 pairs: how many answers are ties, and what they are worth if a tie counts by half."""
+    """The published options at 2 pairs: the share of ties, and the accuracy if a tie counts as half."""
     rows = [["epochs", "seed", "loss at the end", "validation % at the end", "test %", "ties %", "test %, ties shared"]]
     for run, row in kept.both(*PUBLISHED, *SHORT):
         if row["sequence_length"] == row["num_classes"] == 2 and "ties" in run.tests[0]:
@@ -294,7 +294,7 @@ def recipes(kept: Kept) -> list[list]:
 
 
 def regularization(kept: Kept) -> list[list]:
-    """The recipes beside their controls."""
+    """The recipes and their controls."""
     head = ["rule", "pairs", "test %: `l2` 1e-5", "1e-4, falling", "difference", "spikes a sample: 1e-5", "1e-4, falling"]
     rows: list[list] = [head]
     for rule, words in (("", "published"), ("_tuned", "tuned")):
@@ -309,12 +309,12 @@ def regularization(kept: Kept) -> list[list]:
 
 
 def errors(kept: Kept) -> list[list]:
-    """Where wrong answers point, beside a guess among the other pairs that were shown."""
+    """The pairs that wrong answers name, and those that a guess among the other pairs would name."""
     rows = [["pairs", f"errors of {TESTED:,}", "% of the nearest vector", "chance", "% of a later pair", "chance"]]
     for name in kept.networks_in("errors"):
         (row,) = kept.of_network("errors", name)
         pairs, count = int(row["sequence_length"]), int(row["errors"])
-        if pairs > 2:  # of two, there is only one other pair
+        if pairs > 2:  # of two pairs, only one is left to name
             rows.append([in_words(name), count])
             for column, chance in (("of_nearest_vector", 100 / (pairs - 1)), ("of_later_pair", later_by_chance(kept, name))):
                 share = float(row[column])
@@ -323,7 +323,7 @@ def errors(kept: Kept) -> list[list]:
 
 
 def depression(kept: Kept) -> list[list]:
-    """The same weights, tested with another strength of depression."""
+    """The same weights, tested with other values of gamma_neg."""
     strengths = ("0.3", "0.1", "0.02", "0.0")
     rows = [["pairs", "trained with", *(f"tested with {float(strength):g}" for strength in strengths), "gain of 0"]]
     for name in kept.networks_in("depression"):
@@ -336,7 +336,7 @@ def depression(kept: Kept) -> list[list]:
 
 
 def pause(kept: Kept) -> list[list]:
-    """One pair's time without input before the query: what it gains for the last pair, and what it costs."""
+    """Accuracy for the last and for the other pairs, without and with one pair's time without input before the query."""
     rows = [["pairs", "last pair (samples)", "with pause", "other pairs", "with pause", f"right answers of {TESTED:,}"]]
     for name in kept.networks_in("pause"):
         last = int(kept.of_network("position", name)[-1]["samples"])
@@ -378,7 +378,7 @@ def networks(kept: Kept) -> list[list]:
 
 
 def costs(kept: Kept) -> list[list]:
-    """Core-hours of 250 epochs, from the seconds of an epoch of a recipe at the quietest hour."""
+    """Core-hours of 250 epochs, from the seconds per epoch of the fastest run of a recipe."""
     quiet, groups = [], ("recipe", "recipe_tuned", "first_recipe", "first_recipe_tuned")
     for length in LENGTHS[1:]:
         runs = [run for run, row in kept.both(*groups) if row["sequence_length"] == length]

@@ -4,7 +4,7 @@ python -m experiments.summarize runs/sweep --output_dir runs/sweep/summary
 python -m experiments.summarize runs/published --output_dir experiments/results --copy published_0.3
 python -m experiments.summarize experiments/results --output_dir experiments/results
 
-Runs are read from their folders, or from where --copy kept them (see utils/results.py). The table states what is not finished.
+Runs are read from their folders, or from files that --copy kept (see utils/results.py). The table names unfinished runs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from utils.metrics import to_csv
 from utils.results import GROUP, Result, columns, read_results, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
-# The groups in the figures of accuracy, and their labels; where there are none of them: all groups.
+# The groups in the accuracy figures, and their labels. Without any of these, all groups are drawn.
 LINES = {
     "published": "initial weights before v0.3",
     "published_0.3": "initial weights since v0.3",
@@ -40,7 +40,7 @@ LINES = {
     "ood_published": "published, 15 epochs",
 }
 CROSS = {"marker": "x", "ms": 4, "mew": 1}  # a run that did not learn
-# What a run may differ in without being trained in another way, and what is put in other words.
+# Options that do not change the way of training, and options that are described in other words.
 _NOT_SHOWN = ("sequence_length", "num_classes", "seed", "epochs", "start_epoch", "curriculum_start", "curriculum_step")
 NOTE = (
     "Mean ± standard deviation over the seeds that learned (where none did, over all). Validation: the best epoch. Test: "
@@ -56,7 +56,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", type=Path, metavar="FOLDER", help="folder with runs, at any depth")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="where to write table and figures")
-    words = f"keep the runs that are tested there, too (see {GROUP}), as this group, and summarize all that are kept"
+    words = f"also keep the tested runs there, as this group (see {GROUP}), and summarize all kept runs"
     parser.add_argument("--copy", metavar="GROUP", nargs="?", const="", help=words)
     args = parser.parse_args(argv)
     results = read_results(args.runs)
@@ -74,7 +74,7 @@ def main(argv=None) -> int:
 
 
 def keep(results: list[Result], folder: Path, group: str) -> None:
-    """Add runs to those that a folder keeps. A run that it keeps with as many epochs stays as it is."""
+    """Add runs to those kept in a folder. A kept run is replaced only by a run with more epochs."""
     kept = {result.name: result for result in read_results(folder)} if any(folder.rglob(GROUP)) else {}
     for result in results:
         name = f"{group}/{result.name}" if group else result.name
@@ -115,7 +115,7 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def accuracy_at(result: Result, length: int) -> float | None:
-    """Percent, where the run was tested at that length."""
+    """Accuracy in percent, or None if the run was not tested at this length."""
     return next((float(test["accuracy"]) for test in result.tests if int(test["sequence_length"]) == length), None)
 
 
@@ -128,7 +128,7 @@ def outcome(result: Result, learned: int | None) -> str:
 
 
 def way_of_training(options: dict[str, Any]) -> str:
-    """How a run's options differ from the published ones, in words."""
+    """How a run's options differ from the defaults, in words."""
     words = []
     if options["curriculum_start"]:
         words.append(f"curriculum from {options['curriculum_start']}, {options['curriculum_step']} more each epoch")
@@ -138,7 +138,7 @@ def way_of_training(options: dict[str, Any]) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """A line for the seeds of a group that are trained alike; table.csv has each."""
+    """One line for the seeds of a group with the same options; table.csv has a row for each run."""
     head = "group", "pairs", "classes", "training", "epochs", "seeds", "learned"
     head += "validation %", "test %", "each seed's test %", "minutes"
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
@@ -155,7 +155,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         each = ", ".join("not tested" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2f}" for row in seeds)
         minutes = [row["minutes"] for row in seeds if row["minutes"]]
         cells = group, length, classes, training, epochs, ", ".join(str(row["seed"]) for row in seeds), learned
-        like = [row for row in seeds if row["outcome"] == "learned"] or seeds  # one mean of two kinds would be of neither
+        like = [row for row in seeds if row["outcome"] == "learned"] or seeds  # no mean over both kinds of seeds
         validation, test = ([row[name] for row in like] for name in ("best_validation_accuracy", "test_accuracy"))
         cells += mean_and_deviation(validation), mean_and_deviation(test), each
         cells += (f"{np.mean(minutes):.0f}" if minutes else "",)
@@ -174,7 +174,7 @@ def mean_and_deviation(values: list[float | None]) -> str:
 
 
 def figures(results: list[Result], rows: list[dict[str, Any]]):
-    """Names and figures, those for which there are runs."""
+    """Names and figures, if there are runs to draw."""
     full = [row for row in rows if row["sequence_length"] == row["num_classes"] > 1 and row["test_accuracy"] is not None]
     if full:
         yield "accuracy_against_length", accuracy_against_length(full)
@@ -195,14 +195,14 @@ def group_of(run: str) -> str:
 
 
 def line_labels(groups: Iterable[str]) -> dict[str, str]:
-    """Labels of those in LINES; where there are none of them, every group is its own label."""
+    """The labels of the groups in LINES; if none is in LINES, every group is its own label."""
     groups = dict.fromkeys(groups)
     return {group: label for group, label in LINES.items() if group in groups} or {group: group for group in groups}
 
 
 @styled
 def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
-    """Test accuracy by length: one panel of the published options, and one of other trainings, where there are any."""
+    """Test accuracy by length: one panel for the published options, and one for other options."""
     published = [row for row in rows if row["training"] == "published options"]
     others = [row for row in rows if row["training"] != "published options"]
     panels = [panel for panel in (("Published options", published), ("Other trainings", others)) if panel[1]]
@@ -221,7 +221,7 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
 
 
 def draw_lines(ax: Axes, rows: list[dict[str, Any]], means: bool) -> None:
-    """A point for each seed: a circle if it learned, hollow where others had more epochs; else a cross.
+    """Draw a point for each seed: a circle if it learned (hollow if others had more epochs), otherwise a cross.
 
     Args:
         means: draw lines through the means of the seeds that learned.
@@ -243,7 +243,7 @@ def draw_lines(ax: Axes, rows: list[dict[str, Any]], means: bool) -> None:
                 np.mean([row["test_accuracy"] for row in learned if row["sequence_length"] == length]) for length in lengths
             ]
             ax.plot(lengths, mean, color=colour, label=words)
-        else:  # points of equal length stand beside each other, since they would hide each other
+        else:  # groups stand beside each other, since their points would overlap
             place = names.index(label)
             colour, aside = SERIES[place % len(SERIES)], 0.7 * place - 0.35
             circle = {"label": words} | ({"mfc": "none"} if epochs < most else {})

@@ -1,4 +1,4 @@
-"""Train and test every run of a sweep, several at a time. Started again, it does what is left; on more machines, they share it.
+"""Train and test every run of a sweep, several at a time. Start it again to continue, also on more machines.
 
 python -m experiments.sweep experiments/results.yaml --output_dir runs/results
 
@@ -10,11 +10,11 @@ The YAML file names groups of runs. A group gives options of the task script; a 
       num_classes: sequence_length   # the same as the length
       seed: [1, 2, 3]
       epochs: 250
-      test_lengths: 2-10             # to test at when trained; without it, at the length trained on
+      test_lengths: 2-10             # lengths to test (default: the training length)
 
-A group may be a list of such blocks. A run is the folder OUTPUT_DIR/GROUP/RUN, named after the options that have lists. Beside
-what the task script keeps there, it holds log.txt (what the run printed), command.txt (the commands that made it, each with the
-commit of the program) and accuracy_by_length.csv (the network that is best in validation, on the published test set).
+A group may be a list of such blocks. A run is the folder OUTPUT_DIR/GROUP/RUN, named after the options that have lists. In
+addition to the files of the task script, it holds log.txt (the output), command.txt (the commands, each with the commit of the
+program) and accuracy_by_length.csv (the network that is best in validation, on the original test set).
 Accuracy against an option: python plot_memorizing_associations_task.py --metrics OUTPUT_DIR --against OPTION
 """
 
@@ -58,10 +58,10 @@ DEFAULTS = vars(PARSER.complete())
 @in_one_line
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="the runs (the head of this module describes the file)")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="file of runs (see the top of experiments/sweep.py)")
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, help="folder of the sweep")
-    parser.add_argument("--jobs", type=number(int, 1), help="runs at a time (default: the GPUs, or cores // threads)")
-    parser.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads of a run (default: 1)")
+    parser.add_argument("--jobs", type=number(int, 1), help="runs at a time (default: number of GPUs, or cores // threads)")
+    parser.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads per run (default: 1)")
     args = parser.parse_args(argv)
     jobs = read_sweep(args.sweep, args.output_dir)
     for job in jobs:
@@ -77,7 +77,7 @@ def main(argv=None) -> int:
     return interruption.status or int(bool(failed))
 
 
-# What is to run
+# The runs
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Job:
     name: str  # group/run
     folder: Path
     given: dict[str, str]  # the options in the sweep file, as words
-    options: dict[str, Any]  # all of them
+    options: dict[str, Any]  # all options
     test_lengths: tuple[int, ...]
 
     def command(self, testing: bool) -> list[str]:
@@ -97,14 +97,14 @@ class Job:
         return [sys.executable, str(SCRIPT), "--output_dir", str(self.folder), "--resume", str(resume), *words]
 
     def epochs_done(self) -> int:
-        """By the checkpoint, which alone decides where a run continues; what is wrong with one, the task script says."""
+        """Epochs in the last checkpoint, from which a run resumes. The task script reports a damaged one."""
         try:
             return checkpoints.load(self.folder / checkpoints.LAST)["epoch"]
         except UserError:
             return 0
 
     def is_tested(self) -> bool:
-        """The best network, at these lengths."""
+        """Whether the table is of the best network, at these lengths."""
         table = self.folder / run.TABLE
         try:
             lengths = tuple(int(row["sequence_length"]) for row in csv.DictReader(table.read_text().splitlines()))
@@ -113,13 +113,13 @@ class Job:
             return False
 
     def differences(self, record: dict[str, Any]) -> list[str]:
-        """A phrase for each option by which a recorded run was trained otherwise than the sweep file says."""
+        """A phrase for each option in which a recorded run differs from the sweep file."""
         record = DEFAULTS | record
         names = [*DECISIVE, "backend"] if "backend" in self.given else DECISIVE
         return [f"{name} {self.options[name]} (run: {record[name]})" for name in names if self.options[name] != record[name]]
 
     def refuse_another_run(self) -> None:
-        """See that no run stands in the folder that is of other options; more epochs continue one."""
+        """Refuse a folder that holds a run with other options; more epochs are allowed."""
         if (path := self.folder / run.OPTIONS).exists():
             try:
                 record = PARSER.given(words_of_yaml(path))
@@ -127,7 +127,7 @@ class Job:
                 raise UserError(f"{path}: {wrong}; correct it or choose another --output_dir") from None
             record["epochs"] = max(self.epochs_done(), self.options["epochs"])
             if differences := self.differences(record):
-                other = f"is another run: {', '.join(differences)}; choose another --output_dir or group name"
+                other = f"holds another run: {', '.join(differences)}; choose another --output_dir or group name"
                 raise UserError(f"{self.folder}: {other}")
 
 
@@ -150,7 +150,7 @@ def read_sweep(path: Path, output_dir: Path) -> list[Job]:
 
 def _jobs(group_name: str, block: Any, output_dir: Path) -> Iterator[Job]:
     if not isinstance(block, dict):
-        raise UsageError(f"must hold options, or a list of blocks of them (see the head of {Path(__file__).name})")
+        raise UsageError(f"must hold options, or a list of blocks of them (see the top of {Path(__file__).name})")
     block = {name.replace("-", "_"): value for name, value in block.items()}
     test_lengths = block.pop("test_lengths", None)
     if fixed := sorted(NOT_TO_SET & block.keys()):
@@ -174,7 +174,7 @@ def _jobs(group_name: str, block: Any, output_dir: Path) -> Iterator[Job]:
 
 
 def _options(given: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """All options of the task script, these and the defaults. Raises UsageError."""
+    """All options of the task script: the given ones and defaults. Raises UsageError."""
     try:
         args = PARSER.complete(PARSER.given(words_of(given)))
         task.check_lengths(
@@ -189,7 +189,7 @@ def _options(given: dict[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def find_gpus(jobs: int | None, threads: int) -> list[str | None]:
-    """For each run at a time, its CUDA_VISIBLE_DEVICES; None: as it is."""
+    """CUDA_VISIBLE_DEVICES for each concurrent run; None leaves it unchanged."""
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     gpus = visible.split(",")[:count] or [None]
@@ -198,7 +198,7 @@ def find_gpus(jobs: int | None, threads: int) -> list[str | None]:
 
 
 def work(waiting: deque[Job], ended: list[tuple[Job, str]], threads: int, interruption: Interruption, gpu: str | None) -> None:
-    """One place of a sweep: train and test what nobody is at, until no run waits. `ended` gets runs and why they failed."""
+    """One worker of a sweep: train and test runs that no other holds, until none waits. `ended` gets runs and failures."""
     while not interruption.signal:
         try:
             job = waiting.popleft()
@@ -218,36 +218,36 @@ def work(waiting: deque[Job], ended: list[tuple[Job, str]], threads: int, interr
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[bool]:
-    """Keep other sweeps off a run, until this process ends, however it does; False where another process is at it."""
+    """Lock a run, at most until this process ends. Yields False if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(FileLock(folder / LOCK).acquire(timeout=0))
-            FileLock(folder / run.LOCK).acquire(timeout=0).lock.release()  # of a training, which may outlive its sweep
+            FileLock(folder / run.LOCK).acquire(timeout=0).lock.release()  # a run may continue after its sweep ended
             is_ours = True
         except Timeout:
             is_ours = False
-        except NotImplementedError:  # filelock's word for a file system without locks, of which the task script warns
+        except NotImplementedError:  # a file system without locks, of which the task script warns
             is_ours = True
         yield is_ours
 
 
 def attend(job: Job, gpu: str | None, threads: int, interruption: Interruption) -> str | None:
-    """Train and test a run as far as that is not done. Returns why it failed, empty if it is done, None if interrupted."""
+    """Train and test a run, as far as needed. Returns why it failed, empty if it is done, None if interrupted."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     for testing in (False, True):
         if job.is_tested() if testing else job.epochs_done() >= job.options["epochs"]:
             continue
         print(f"{job.name}: {'test' if testing else 'train'}{f' on GPU {gpu}' if gpu else ''}", flush=True)
         with open(job.folder / LOG, "a") as log, open(job.folder / COMMANDS, "a") as record:
-            # The number of threads decides the last digits.
+            # The last digits of results depend on the number of threads.
             record.write(f"{run.commit()}: OMP_NUM_THREADS={threads} {shown(job.command(testing))}\n")
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
             process = subprocess.Popen(job.command(testing), env=environment, **quiet)
         while process.poll() is None and not interruption.signal:
             time.sleep(POLL_SECONDS)
         if interruption.signal:
-            process.terminate()  # it saves
+            process.terminate()  # the run saves
             process.wait()
             return None
         status, printed = process.returncode, (job.folder / LOG).read_text(errors="replace").strip().splitlines()

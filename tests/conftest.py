@@ -1,4 +1,4 @@
-"""Small networks run on one thread, here and in the processes that tests start: threads that wait for each other cost more."""
+"""Tests, and the processes that they start, use one thread: on small networks, more threads mostly wait for each other."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ from helpers import NETWORK, run  # noqa: E402 (its assertions are rewritten fir
 
 torch.set_num_threads(1)
 
-# A shell's `&` has Ctrl-C ignored, and a training that a test interrupts would ignore it, too.
+# A shell makes background jobs (`&`) ignore Ctrl-C, and runs that a test interrupts would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def single(tmp_path_factory) -> Path:
-    """Two epochs by one process, once for all modules."""
+    """A run of two epochs in one process, shared by all modules."""
     folder, trace = (tmp_path_factory.getbasetemp() / name for name in ("single", "single_trace"))
     if not folder.exists():
         trace.mkdir()

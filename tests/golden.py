@@ -1,4 +1,4 @@
-"""Numbers of the published program (tests/golden/README.md), and one forward and backward pass to hold against them."""
+"""Numbers of the original implementation (tests/golden/README.md), and a forward and backward pass to compare with them."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ import models
 from models import POPULATIONS
 
 FOLDER = Path(__file__).parent / "golden"
-PUBLISHED = FOLDER / "published_format_checkpoint.pth.tar"  # as the published program writes them
+PUBLISHED = FOLDER / "published_format_checkpoint.pth.tar"  # written by the original implementation
 FLOAT64 = ("small_defaults", "one_pair", "other_constants", "perfect_reset", "readout_delay_5", "full_size_float64")
 
 
@@ -40,13 +40,13 @@ def load(name: str) -> Golden:
 
 
 def numbers(golden: Golden) -> dict:
-    """What `run` computes, as the published program did."""
+    """The values of the original implementation for what `run` computes."""
     objectives = {"cross_entropy": golden.grad_cross_entropy, "total": golden.grad_total}
     return golden.out | {f"gradient of {o} by {name}": g for o, found in objectives.items() for name, g in found.items()}
 
 
 def run(golden: Golden, backend: str, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[models.Output, dict]:
-    """The same pass by this program, in the precision of the file or another: the output, and its numbers."""
+    """Run the same pass in this program, in the precision of the file or another. Returns the output and its numbers."""
     dtype = dtype or golden.dtype
     model = models.build_model(golden.params, backend).to(device, dtype)
     model.load_state_dict(golden.state)
@@ -65,7 +65,7 @@ def run(golden: Golden, backend: str, device: str = "cpu", dtype: torch.dtype | 
 
 
 def check(golden: Golden, backend: str, device: str = "cpu") -> None:
-    """Float64: identical spikes, everything else to 1e-9 of the largest magnitude of its array."""
+    """Check in float64: spikes are identical, every other array agrees to 1e-9 of its largest magnitude."""
     output, ours = run(golden, backend, device)
     for name in POPULATIONS:
         assert torch.equal(output.activity[name].cpu(), golden.out[name].to(golden.dtype)), f"spikes of {name} differ"

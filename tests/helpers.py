@@ -1,4 +1,4 @@
-"""What several test modules use: runs compared, refusals, processes over gloo, samples of a case."""
+"""Shared by several test modules: comparing runs, refusals, samples, processes over gloo."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def history(folder) -> list[dict]:
 
 
 def assert_same(one, other, where=""):
-    """Two nests of dictionaries, lists, tensors and plain values are the same to the last bit, but for `seconds`."""
+    """Check that nested dictionaries, lists, tensors and plain values are bit-identical, except `seconds`."""
     assert type(one) is type(other), where
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and torch.equal(one, other), where
@@ -43,7 +43,7 @@ def assert_same(one, other, where=""):
 
 
 def assert_same_run(ours, theirs, names=(checkpoints.LAST,)):
-    """Two folders hold the same training, to the last bit; their options may differ."""
+    """Check that two folders hold bit-identical runs; their options may differ."""
     for name in names:
         one, other = (checkpoints.load(folder / name) | {"params": None} for folder in (ours, theirs))
         assert_same(one, other, name)
@@ -71,7 +71,7 @@ OPERANDS = "features", "labels", "query", "write_weight", "read_weight"
 
 
 def outcome(function, dynamics, inputs):
-    """All results, the recording, and the gradients of a sum in which every count and readout has another weight."""
+    """All results, the recording, and the gradients of a sum of all readouts and counts, each with another weight."""
     readout, counts, activity = function(*inputs, dynamics, record=True)
     results = readout, *counts.values()
     seeds = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x) for x in results]
@@ -82,7 +82,7 @@ def outcome(function, dynamics, inputs):
 
 
 def strided_outcome(function, dynamics, inputs):
-    """Results and gradients where nothing is contiguous: operands are transposed, one query and each seed are expanded."""
+    """Results and gradients without contiguous operands: they are transposed, one query and each seed are expanded."""
     strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
     strided[2] = inputs[2].detach()[:1].expand_as(inputs[2]).requires_grad_()
     assert not any(x.is_contiguous() for x in strided)
@@ -94,7 +94,7 @@ def strided_outcome(function, dynamics, inputs):
 
 
 def assert_agree(ours, theirs, tolerance):
-    """Spikes are the same, and memory and gradients are, to a share of their norm."""
+    """Check that memory and gradients agree to a share of their norm, and everything else exactly."""
     for name, expected in theirs.items():
         if name in (*OPERANDS, "memory"):
             assert (ours[name] - expected).norm() <= tolerance * expected.norm() + 1e-15, name
@@ -102,7 +102,7 @@ def assert_agree(ours, theirs, tolerance):
             assert torch.equal(ours[name], expected), name
 
 
-# Processes: over gloo on loopback, they run small_task.py, in float64
+# Processes that run small_task.py in float64, over gloo on loopback
 
 SMALL_TASK = Path(__file__).with_name("small_task.py")
 # 250 samples in batches of 62: 2 are left for the last, fewer than there are processes. All populations emit spikes.
@@ -169,7 +169,7 @@ def distributed(processes: int) -> list[str]:
 
 
 def assert_same_training(folder: Path, other: Path) -> None:
-    """Weights and Adam's state to 1e-9, counts of samples exactly."""
+    """Check that weights and Adam's state agree to 1e-9, and counts of samples exactly."""
     a, b = (checkpoints.load(path / checkpoints.LAST) for path in (folder, other))
     for name, weight in a["state_dict"].items():
         torch.testing.assert_close(weight, b["state_dict"][name], rtol=0, atol=1e-9)

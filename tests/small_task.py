@@ -1,9 +1,9 @@
-"""The task script in float64, with short epochs and a process that fails on demand: the tests of distributed training run it.
+"""The task script in float64, with short epochs and a process that fails on demand, for the tests of distributed training.
 
-Processes that it starts read this file again, and so are changed in the same way. By the environment:
+Processes that it starts import this file again, and are changed in the same way. Environment variables:
 
-    SMALL_TASK_FAIL   rank:batch:what - in its n-th training batch, that process gets a signal, or all do (Ctrl-C), or it raises
-    SMALL_TASK_TRACE  a folder; each process writes there how many threads it has and which samples it trains on
+    SMALL_TASK_FAIL   rank:batch:what - in this batch the process of this rank gets a signal, all get Ctrl-C, or it raises (bug)
+    SMALL_TASK_TRACE  a folder in which each process records its number of threads and its training samples
 """
 
 import os
@@ -40,7 +40,7 @@ def failing_step(network, optimizer, batch, **others):
         if what == "bug":
             raise ZeroDivisionError("a bug")
         os.kill(0 if what == "Ctrl-C" else os.getpid(), signal.SIGINT if what == "Ctrl-C" else signal.Signals[what])
-        time.sleep(3 if what == "Ctrl-C" else 0)  # until it has been passed on
+        time.sleep(3 if what == "Ctrl-C" else 0)  # until the signal has been passed on
     if folder := os.environ.get("SMALL_TASK_TRACE"):
         with open(Path(folder) / f"rank{distributed.rank()}", "a") as file:
             print(torch.get_num_threads(), *batch.query[:, 0].tolist(), file=file)

@@ -1,4 +1,4 @@
-"""Every backend computes what the plain model does, in both precisions, and refuses what it would get wrong."""
+"""Every backend agrees with the plain model in both precisions, and refuses what it cannot compute."""
 
 import contextlib
 import copy
@@ -30,7 +30,7 @@ def pairs(batch=3, length=2, dtype=torch.float32):
 
 
 def twins(backend="cpp"):
-    """A network that runs by a backend, and its copy that runs by the plain function."""
+    """A network with a backend, and its copy with the plain function."""
     torch.manual_seed(3)
     ours = models.build_model(ALIVE, backend)
     theirs = copy.deepcopy(ours)
@@ -39,7 +39,7 @@ def twins(backend="cpp"):
 
 
 def own(base, constants=(), **attributes):
-    """A neuron or a rule of a subclass with these attributes, and these constants."""
+    """An instance of a subclass of `base` with these attributes and constants."""
     return dataclasses.dataclass(frozen=True)(type("Own", (base,), attributes))(**dict(constants))
 
 
@@ -69,7 +69,7 @@ MISUSES = {
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
-def test_operands_that_do_not_belong_together_are_refused(misuse):
+def test_mismatched_operands_are_refused(misuse):
     """Kernels trust shapes and types, and PyTorch would broadcast one query to all."""
     call, message = MISUSES[misuse]
     with pytest.raises(ValueError, match=message):
@@ -86,14 +86,14 @@ HOOKS = {
 
 @pytest.mark.parametrize("layer", ["writing_layer", "reading_layer", "embedding_layer"])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_what_a_hook_returns_is_checked_before_a_kernel_reads_it(layer, hook):
+def test_the_result_of_a_hook_is_checked_before_a_kernel_reads_it(layer, hook):
     model = models.build_model(SMALL, "cpp")
     getattr(model, layer).register_forward_hook(HOOKS[hook])
     with pytest.raises((ValueError, RuntimeError)):
         model(*pairs())
 
 
-def test_autocast_is_computed_in_float32_with_a_note():
+def test_under_autocast_the_network_computes_in_float32_and_warns():
     model, operands = models.build_model(SMALL), pairs()
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="float32 in spite of autocast"):
         logits = model(*operands).logits
@@ -115,17 +115,15 @@ def clipped(self, memory, value_trace, key_trace):
 
 
 def rooted(self, memory, value_trace, key_trace):
-    """Its gradient is not a number at a trace of 0; its results are finite."""
+    """Its results are finite, but its gradient at a trace of 0 is NaN."""
     return hebbian_update(self, memory, value_trace.sqrt() * 0.5, key_trace)
 
 
 @pytest.mark.parametrize(
     "where, name, changed", [(HebbianRule, "update", clipped), (HebbianRule, "update", rooted), (LIFNeuron, "step", floored)]
 )
-def test_an_equation_that_is_replaced_in_a_running_process_is_not_computed_by_kernels_of_the_old_one(
-    where, name, changed, monkeypatch
-):
-    """Also where it differs far from rest only, or has no gradient somewhere."""
+def test_kernels_refuse_an_equation_replaced_in_a_running_process(where, name, changed, monkeypatch):
+    """The new equations differ only far from rest, or have no gradient at one point."""
     model = models.build_model(SMALL | {"num_time_steps": 100}, "cpp", rule=own(HebbianRule), neuron=own(LIFNeuron))
     model(*pairs())
     monkeypatch.setattr(where, name, changed)
@@ -165,15 +163,15 @@ class Unhashable(LIFNeuron):
     __hash__ = None
 
 
-# The constants of the second are of the sizes of this network, and the check has another.
+# The second neuron's constants have the size of this network; the check uses a network of another size.
 @pytest.mark.parametrize("neuron", [Unhashable(), own(LIFNeuron, alpha=property(lambda self: torch.full((16,), 0.9)))])
-def test_auto_goes_on_without_a_kernel_whatever_is_raised(neuron):
+def test_auto_uses_the_plain_model_after_any_error(neuron):
     with pytest.warns(UserWarning, match="using the plain model"):
         models.build_model({"num_time_steps": 10, "embedding_size": 16, "memory_size": 16}, neuron=neuron)(*pairs())
 
 
 @pytest.mark.parametrize("number, dtype", [(4, torch.float64), *((number, torch.float32) for number in range(5))])
-def test_a_kernel_that_is_wrong_in_one_gradient_and_one_precision_does_not_pass(number, dtype):
+def test_the_check_notices_one_wrong_gradient_in_one_precision(number, dtype):
     def wrong(*operands):
         operands = list(operands)
         if operands[0].dtype == dtype:
@@ -185,8 +183,8 @@ def test_a_kernel_that_is_wrong_in_one_gradient_and_one_precision_does_not_pass(
         backends.check(wrong, "cpu", Dynamics(), store_and_recall)
 
 
-def test_a_result_that_should_be_next_to_nothing_is_compared():
-    """Of a network that hardly fires, too."""
+def test_the_check_compares_results_near_zero():
+    """This network hardly fires."""
 
     def more(*operands):
         readout, counts, activity = store_and_recall(*operands)
@@ -201,7 +199,7 @@ def test_a_result_that_should_be_next_to_nothing_is_compared():
     [{}, {"perfect_reset": True}, {"thr": 100.0}, {"tau_mem": 0.01}, {"readout_delay": 12}, {"gamma_pos": 100.0}],
     ids=str,
 )
-def test_a_right_kernel_passes_and_neurons_fire_in_its_check(options):
+def test_a_right_kernel_passes_the_check_and_neurons_fire_in_it(options):
     dynamics = models.build_model(options).dynamics
     assert backends.choose("auto", "cpu", dynamics, store_and_recall) == "cpp"
     operands, dynamics = backends.tiny_case(dynamics, torch.float64, "cpu", 0, (3, 10, 18))
@@ -233,8 +231,8 @@ MODES = {
 
 @pytest.mark.filterwarnings("ignore:the network computes in float32|Anomaly Detection")
 @pytest.mark.parametrize("mode", MODES)
-def test_the_check_has_no_effect_on_its_caller_whose_modes_do_not_reach_it(mode):
-    """In a first forward; constants that let the model diverge are not an anomaly of the caller's."""
+def test_the_check_and_the_modes_of_its_caller_do_not_affect_each_other(mode):
+    """The check runs in the first forward pass. If its model diverges, the caller's anomaly mode does not raise."""
     ours, theirs = twins()
     for constants in ({}, {"gamma_pos": 1e6}):
         ours.dynamics = theirs.dynamics = dataclasses.replace(ours.dynamics, rule=HebbianRule(**constants))
@@ -252,7 +250,7 @@ def test_the_check_has_no_effect_on_its_caller_whose_modes_do_not_reach_it(mode)
 
 
 def lesion(layer, *output):
-    """A forward hook, which cuts the rows of every second neuron."""
+    """A forward hook that zeroes the rows of every second neuron."""
     weight = output[-1].clone()
     weight[::2] = 0
     return weight
@@ -284,7 +282,7 @@ ALTERATIONS = {
 
 
 @pytest.mark.parametrize("alteration", ALTERATIONS)
-def test_what_is_put_around_a_layer_and_a_changed_constant_act_alike_in_every_backend(alteration):
+def test_altered_layers_and_constants_act_alike_in_every_backend(alteration):
     ours, theirs = twins()
     unaltered = theirs(*pairs()).logits
     ours(*pairs())
@@ -295,7 +293,7 @@ def test_what_is_put_around_a_layer_and_a_changed_constant_act_alike_in_every_ba
     assert not torch.allclose(altered, unaltered, rtol=1e-3)
 
 
-def test_a_function_of_ones_own_computes_the_network():
+def test_a_given_function_computes_the_network():
     def half(*operands):
         readout, *others = store_and_recall(*operands)
         return 0.5 * readout, *others
@@ -340,13 +338,13 @@ def test_the_plain_model_records_membranes_and_memories():
 
 
 def loss_of(model, weights, features, labels, query):
-    """Of one sample, without its batch dimension."""
+    """The loss of one sample, given without batch dimension."""
     rates = functional_call(model, weights, (features[None], labels[None], query[None])).rates
     return sum(rate.square().mean() for rate in rates.values())
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_per_sample_gradients_by_torch_func_are_those_of_autograd(backend):
+def test_per_sample_gradients_of_torch_func_agree_with_autograd(backend):
     model = models.build_model(ALIVE, backend).double()
     backends._choose.cache_clear()  # so that the first check is inside vmap
     weights, operands = dict(model.named_parameters()), pairs(dtype=torch.float64)
@@ -367,7 +365,7 @@ def test_an_ensemble_runs_in_one_vmap():
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_forward_mode_raises_and_is_never_zero(backend):
+def test_forward_mode_differentiation_raises(backend):
     model = models.build_model(ALIVE, backend)
     features, labels, query = pairs()
     with pytest.raises(RuntimeError, match="jvp"):
@@ -405,7 +403,7 @@ def noisy(self, current, state):
 
 
 def test_a_neuron_that_draws_random_numbers_has_right_gradients(monkeypatch):
-    """The recomputation draws the same ones again."""
+    """Recomputation draws the same numbers again."""
     torch.manual_seed(3)
     model, gradients = models.build_model(ALIVE, "reference", neuron=own(LIFNeuron, {"thr": 0.02}, step=noisy)).double(), []
     for every in (models.hebbian_memory.RECOMPUTE_EVERY, None):
@@ -417,8 +415,8 @@ def test_a_neuron_that_draws_random_numbers_has_right_gradients(monkeypatch):
     assert_near(*gradients)
 
 
-def test_a_step_that_learns_itself_gets_its_gradient():
-    """Recomputation knows the inputs and the state, not what a step holds: such a step is differentiated as it is."""
+def test_a_parameter_inside_a_step_gets_its_gradient():
+    """Recomputation gives gradients of inputs and state only, so a step that holds a parameter is not recomputed."""
     gain = torch.tensor(0.5, requires_grad=True)
 
     def step(state, x):
@@ -431,7 +429,7 @@ def test_a_step_that_learns_itself_gets_its_gradient():
 
 @pytest.mark.parametrize("backend", ["cpp", pytest.param("reference", marks=pytest.mark.slow)])
 def test_torch_compile_and_export_take_the_whole_network(backend):
-    """Of the plain function every step is traced, so it has few here."""
+    """Every step of the plain function is traced, so it has few steps here."""
     model, operands = models.build_model(ALIVE if backend == "cpp" else ALIVE | {"num_time_steps": 4}, backend), pairs()
     backends._choose.cache_clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -442,5 +440,5 @@ def test_torch_compile_and_export_take_the_whole_network(backend):
         exported = torch.export.export(model, operands, strict=strict)
         torch.testing.assert_close(exported.module()(*operands).logits, model(*operands).logits)
     model.writing_layer.register_forward_hook(lesion)
-    torch.compiler.reset()  # it counts from the next compilation
+    torch.compiler.reset()  # the hook acts from the next compilation
     torch.testing.assert_close(compiled(*operands).logits, model(*operands).logits)

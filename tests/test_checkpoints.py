@@ -1,4 +1,4 @@
-"""Checkpoints: written in an order that no crash can spoil, read only where they are whole, and whoever wrote them."""
+"""Checkpoints: a crash spoils none, damaged ones are refused, those of the original implementation are read and written."""
 
 import argparse
 import csv
@@ -36,7 +36,7 @@ def published() -> dict:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory) -> Path:
-    """The published network and its Adam in a file of this program."""
+    """The checkpoint of the original implementation, saved by this program."""
     path = tmp_path_factory.mktemp("ours") / "ours.pth.tar"
     past = {"history": [{"epoch": 1, "train_loss": 1.2}, {"epoch": 2, "train_loss": 1.1}]}
     checkpoints.save(path, checkpoints.load(PUBLISHED) | past)
@@ -46,8 +46,8 @@ def ours(tmp_path_factory) -> Path:
 # Writing
 
 
-def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
-    """No kill shows this order, only a crash of the machine does."""
+def test_saving_syncs_the_file_before_renaming_it_and_the_folder_after(tmp_path, monkeypatch):
+    """Only a crash of the machine shows a wrong order; a killed process does not."""
     calls, fsync, replace = [], os.fsync, os.replace
 
     def recorded_fsync(descriptor):
@@ -62,14 +62,14 @@ def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_end(tmp
     assert calls == [("fsync", size), ("replace", "a.pth.tar"), ("fsync", "folder")]
 
 
-def test_a_temporary_file_follows_no_link_that_was_planted(tmp_path):
+def test_saving_does_not_write_through_a_planted_link(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / f".a.pth.tar.{os.getpid()}.tmp").symlink_to(tmp_path / "precious")
     checkpoints.save(tmp_path / "a.pth.tar", {"epoch": 1})
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.pth.tar").is_symlink()
 
 
-def test_a_failed_write_leaves_what_stood_there_and_nothing_else(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     def fails(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
@@ -84,7 +84,7 @@ def test_a_failed_write_leaves_what_stood_there_and_nothing_else(tmp_path):
 
 
 def damaged(content: bytearray, rng: random.Random) -> bytes:
-    """Cut off, one bit flipped (anywhere, or in the archive's directory), or a block overwritten."""
+    """The content cut off, with one bit flipped (anywhere, or in the archive's directory), or with a block overwritten."""
     kind, place = rng.choice(["cut", "bit", "directory", "block"]), rng.randrange(len(content))
     if kind == "cut":
         return content[:place]
@@ -97,7 +97,7 @@ def damaged(content: bytearray, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["ours", "published"])
-def test_damaged_files_are_refused_or_hold_what_was_written(kind, ours, tmp_path):
+def test_damaged_files_are_refused_or_load_unchanged(kind, ours, tmp_path):
     path, copy, rng, refused = ours if kind == "ours" else PUBLISHED, tmp_path / "damaged.pth.tar", random.Random(1), 0
     original, known = path.read_bytes(), checkpoints.load(path)
     for number in range(100):
@@ -111,7 +111,7 @@ def test_damaged_files_are_refused_or_hold_what_was_written(kind, ours, tmp_path
 
 
 def of_a_folder() -> bytes:
-    """An entry is marked as a folder: PyTorch would read whatever stands in memory."""
+    """An entry is marked as a folder: PyTorch would read uninitialized memory."""
     content = bytearray(PUBLISHED.read_bytes())
     content[content.index(b"PK\1\2", content.index(b"PK\1\2") + 1) + 38] |= 0x10
     return content
@@ -136,7 +136,7 @@ NO_CHECKPOINT = [
 
 
 @pytest.mark.parametrize(("content", "message"), NO_CHECKPOINT, ids=range(len(NO_CHECKPOINT)))
-def test_what_is_no_checkpoint_is_refused(content, message, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_refused(content, message, tmp_path):
     path = tmp_path / "file.pth.tar"
     if isinstance(content, bytes | bytearray):
         path.write_bytes(content)
@@ -147,7 +147,7 @@ def test_what_is_no_checkpoint_is_refused(content, message, tmp_path):
 
 
 def changed(content: dict, *path_and_value) -> dict:
-    """With what stands under a path of keys replaced; a callable gets the old value, None removes it."""
+    """Replace the value under a path of keys. A callable gets the old value, None removes it."""
     *path, last, value = path_and_value
     part = content
     for key in path:
@@ -196,12 +196,12 @@ def test_wrong_fields_are_named(message, path, tmp_path):
     ],
     ids=range(4),
 )
-def test_networks_without_adam_are_read_all_the_same(change, tmp_path):
+def test_networks_without_a_valid_adam_state_are_read(change, tmp_path):
     torch.save(changed(published(), *change), tmp_path / "network.pth.tar")
     assert_same(checkpoints.load(tmp_path / "network.pth.tar"), checkpoints.load(PUBLISHED) | {"optimizer": None})
 
 
-def test_a_stripped_network_evaluates_and_trains_on(tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_of_weights_and_options_alone_is_evaluated_and_trained(tmp_path, capsys, monkeypatch):
     path = str(tmp_path / "stripped.pth.tar")
     torch.save({key: published()[key] for key in ("params", "state_dict")}, path)
     assert task.main(["--resume", path, "--evaluate", "--device", "cpu"]) == 0
@@ -214,14 +214,14 @@ def test_a_stripped_network_evaluates_and_trains_on(tmp_path, capsys, monkeypatc
     assert {moment["step"].item() for moment in optimizer["state"].values()} == {1}
 
 
-def test_an_option_that_came_later_has_its_default_and_a_key_that_is_not_known_is_ignored(ours, tmp_path):
+def test_a_missing_option_gets_its_default_and_an_unknown_key_is_ignored(ours, tmp_path):
     content = changed(torch.load(ours), "params", "tau_trace", None)
     torch.save(content | {"digest": "f" * 64, "log_dir": "runs/1"}, tmp_path / "other.pth.tar")
     assert_same(checkpoints.load(tmp_path / "other.pth.tar"), checkpoints.load(ours))
 
 
 @pytest.mark.parametrize(("option", "refused"), [({"network": "lstm"}, True), ({"network": "hebbian_snn"}, False)])
-def test_removed_options_of_a_checkpoint_are_refused_unless_they_changed_nothing(option, refused, ours, tmp_path, capsys):
+def test_a_removed_option_in_a_checkpoint_is_refused_unless_at_its_default(option, refused, ours, tmp_path, capsys):
     path, content = tmp_path / "v0.3.pth.tar", torch.load(ours)
     torch.save(content | {"params": content["params"] | option}, path)
     assert task.main(["--resume", str(path), "--evaluate", "--device", "cpu"]) == refused
@@ -240,7 +240,7 @@ def test_a_network_is_saved_loaded_and_evaluated(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "mine.accuracy_by_length.csv").read_text().splitlines()))
     assert [(row["sequence_length"], row["trained_length"]) for row in rows] == [("1", "2"), ("2", "2")]
     assert rows[1]["accuracy"] == "34.0"
-    # It may have been trained on any vectors; the original implementation's was trained on those of the test set.
+    # A saved network may have been trained on other vectors than the test set's; the original implementation's was not.
     said = []
     for network in (path, PUBLISHED):
         capsys.readouterr()
@@ -260,7 +260,7 @@ def test_a_network_is_saved_loaded_and_evaluated(tmp_path, capsys):
     ],
     ids=range(4),
 )
-def test_what_does_not_fit_is_not_saved(network, options, message, tmp_path):
+def test_a_network_that_does_not_fit_its_options_is_not_saved(network, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         checkpoints.save_model(tmp_path / "mine.pth.tar", network, options)
     assert not list(tmp_path.iterdir())
@@ -277,7 +277,7 @@ def test_constants_changed_in_a_network_are_saved(tmp_path):
     assert loaded.dynamics == model.dynamics
     params = checkpoints.load(tmp_path / "mine.pth.tar")["params"]
     assert (params["gamma_neg"], params["sequence_length"]) == (0.02, 2)
-    assert models.build_model(params).dynamics == model.dynamics  # all of them
+    assert models.build_model(params).dynamics == model.dynamics  # all constants
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class OddNeuron(LIFNeuron):
 
 OWN = {"neuron": AdaptiveNeuron(strength=40.0), "rule": OjaRule(eta=0.1)}
 ODD = {"neuron": OddNeuron()}
-GAINS = torch.zeros(2000).index_fill(0, torch.tensor(1000), 9.0)  # its repr is that of zeros
+GAINS = torch.zeros(2000).index_fill(0, torch.tensor(1000), 9.0)  # its repr equals that of zeros
 SAVED = r"has neuron AdaptiveNeuron\(.*strength=40\.0\), rule OjaRule\(.*eta=0\.1\)"
 
 
@@ -305,7 +305,7 @@ SAVED = r"has neuron AdaptiveNeuron\(.*strength=40\.0\), rule OjaRule\(.*eta=0\.
     ],
     ids=range(7),
 )
-def test_an_own_neuron_and_an_own_rule_are_to_be_given_again(saved, given, message, tmp_path):
+def test_loading_requires_the_neuron_and_rule_of_the_file(saved, given, message, tmp_path):
     model, path = models.build_model(TINY, "reference", **saved), tmp_path / "mine.pth.tar"
     checkpoints.save_model(path, model)
     assert checkpoints.load_model(path, "reference", **saved).dynamics == model.dynamics
@@ -313,7 +313,7 @@ def test_an_own_neuron_and_an_own_rule_are_to_be_given_again(saved, given, messa
         checkpoints.load_model(path, **given)
 
 
-def test_wrapped_networks_and_double_precision_come_back_as_they_were(tmp_path):
+def test_wrapped_and_double_precision_networks_load_unchanged(tmp_path):
     model, path = models.build_model({**TINY, "w_max": np.float64(2.0)}).double(), tmp_path / "mine.pth.tar"
     for wrapped in (model, torch.optim.swa_utils.AveragedModel(model), torch.compile(model)):
         checkpoints.save_model(path, wrapped)
@@ -327,7 +327,7 @@ def test_wrapped_networks_and_double_precision_come_back_as_they_were(tmp_path):
 
 
 def types(value):
-    """Keys, shapes and types of a nest of dictionaries."""
+    """Keys, shapes and types of nested dictionaries."""
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(value.shape)
     if isinstance(value, argparse.Namespace):
@@ -337,7 +337,7 @@ def types(value):
     return [types(part) for part in value] if isinstance(value, list) else type(value)
 
 
-def test_a_published_checkpoint_comes_back_as_it_was(ours, tmp_path):
+def test_exporting_restores_a_checkpoint_of_the_original_implementation(ours, tmp_path):
     path = tmp_path / "published.pth.tar"
     assert export.main([str(ours), str(path)]) == 0
     written, original = torch.load(path, weights_only=False), published()
@@ -350,7 +350,7 @@ def test_a_published_checkpoint_comes_back_as_it_was(ours, tmp_path):
     assert len(model) == 15 and all(vars(written["params"])[n] == vars(original["params"])[n] for n in model)
 
 
-def test_a_network_without_adam_is_written_for_the_original_implementation(tmp_path):
+def test_a_network_without_adam_is_exported_for_the_original_implementation(tmp_path):
     checkpoints.save_model(tmp_path / "mine.pth.tar", models.build_model({}), {})
     assert export.main([str(tmp_path / "mine.pth.tar"), str(tmp_path / "published.pth.tar")]) == 0
     written = torch.load(tmp_path / "published.pth.tar", weights_only=False)

@@ -41,7 +41,7 @@ def read(path: Path) -> list[dict[str, str]]:
 # The networks
 
 
-def test_h_mem_is_the_published_variant_without_spikes():
+def test_h_mem_agrees_with_the_original_implementation():
     expected = golden.load("non_spiking_defaults")
     assert [expected.params[n] for n in ("w_max", "gamma_pos", "gamma_neg")] == [1.0, 0.1, 0.1]
     assert [getattr(compare.RULE, n) for n in ("w_max", "gamma_pos", "gamma_neg")] == [1.0, 0.1, 0.1]
@@ -61,7 +61,7 @@ def test_h_mem_is_the_published_variant_without_spikes():
 
 
 def test_h_mem_strengthens_by_gamma_pos_and_weakens_by_gamma_neg():
-    """Which the golden file does not tell apart: there they are equal."""
+    """In the golden file gamma_pos and gamma_neg are equal, so it cannot distinguish them."""
     torch.manual_seed(1)
     network = compare.HMem(memory_size=7, rule=HebbianRule(w_max=0.8, gamma_pos=0.2, gamma_neg=0.05)).double()
     samples = draw_samples(2, length=3)
@@ -75,8 +75,8 @@ def test_h_mem_strengthens_by_gamma_pos_and_weakens_by_gamma_neg():
 
 
 @pytest.mark.parametrize("name", compare.NETWORKS)
-def test_a_network_is_as_large_as_the_spiking_one_and_recalls_from_what_it_was_shown(name):
-    """Another label of the pair that is asked for changes the answer, so does another query, and every parameter takes part."""
+def test_a_network_has_the_size_of_the_spiking_one_and_uses_pairs_query_and_all_parameters(name):
+    """Another label of the asked pair or another query changes the logits, and every parameter has a gradient."""
     network, samples = new(name), draw_samples()
     spiking = models.build_model({"num_classes": compare.SIZES["num_classes"]})
     ours, theirs = (sum(parameter.numel() for parameter in parameters.parameters()) for parameters in (network, spiking))
@@ -116,7 +116,7 @@ def test_the_delta_rule_writes_one_pair_after_the_other():
 
 
 def test_positions_tell_the_pairs_apart():
-    """Without them a Transformer sees a set; with them order matters. They are sines and cosines, and the query has none."""
+    """Without positions the order of pairs has no effect. Positions are sines and cosines; the query has none."""
     samples, tokens = draw_samples(5, length=3), {}
     for name in ("transformer", "transformer_positions"):
         network = new(name)
@@ -141,8 +141,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(compare, "TESTED", (2, 10))
 
 
-def test_the_first_epochs_of_a_committed_run_come_back(monkeypatch):
-    """A reference for the whole training: initial weights, samples, curriculum, learning rate and its decay."""
+def test_training_again_repeats_the_first_epochs_of_a_committed_run(monkeypatch):
+    """This checks the whole training: initial weights, samples, curriculum, learning rate and its decay."""
     monkeypatch.setitem(compare.NETWORKS, "lstm", compare.NETWORKS["lstm"]._replace(epochs=2))
     monkeypatch.setattr(compare, "TESTED", ())
     committed = [row for row in read(COMPARISON / "metrics.csv") if (row["network"], row["seed"]) == ("lstm", "1")]
@@ -168,7 +168,7 @@ def test_the_network_of_the_best_epoch_is_tested(tiny, monkeypatch):
     assert all(torch.equal(q, data.evaluation_set(*of, **compare.SIZES).query) for q, of in zip(queries, sets, strict=True))
 
 
-def test_an_epoch_goes_through_all_samples_and_the_sequences_become_longer(tiny, monkeypatch):
+def test_an_epoch_uses_all_samples_and_the_curriculum_lengthens_sequences(tiny, monkeypatch):
     drawn, draw = [], data.training_samples
     monkeypatch.setattr(data, "training_samples", lambda *a, **sizes: drawn.append(a) or draw(*a, **sizes))
     compare.train("lstm", 1)
@@ -180,14 +180,14 @@ def test_an_epoch_goes_through_all_samples_and_the_sequences_become_longer(tiny,
 
 
 def test_the_norm_of_the_gradient_is_clipped(tiny, monkeypatch):
-    """To so little that Adam, which adds 1e-8 to its root mean square, hardly moves."""
+    """Clipped to 1e-14, gradients hardly move the weights, since Adam adds 1e-8 to their root mean square."""
     initial, _ = compare.evaluate(new("lstm"), data.evaluation_set("validation", 10, **compare.SIZES))
     moved = compare.train("lstm", 1).metrics[-1]["validation_loss"]
     monkeypatch.setattr(compare, "MAX_GRAD_NORM", 1e-14)
     assert compare.train("lstm", 1).metrics[-1]["validation_loss"] == pytest.approx(initial, abs=1e-5) != moved
 
 
-def test_what_is_there_is_not_trained_again_and_comes_back_if_it_is(tiny, monkeypatch, tmp_path):
+def test_finished_runs_are_not_repeated_and_an_unfinished_run_is_trained_again(tiny, monkeypatch, tmp_path):
     command = ["--output_dir", str(tmp_path / "new"), "--spiking", str(tmp_path / "none"), "--networks", "lstm", "delta_rule"]
     names = ("metrics.csv", "tests.csv", "comparison.csv", "comparison.md", "comparison.png")
     files = [tmp_path / "new" / name for name in names]
@@ -206,7 +206,7 @@ def test_what_is_there_is_not_trained_again_and_comes_back_if_it_is(tiny, monkey
     assert compare.main([*command, "--seeds", "10", "2"]) == 0
     assert [path.read_bytes() for path in files] == before
 
-    # A run whose metrics alone were written is trained again; the others stay.
+    # A run with metrics but without tests is trained again; the other runs stay.
     again = []
     monkeypatch.setattr(compare, "train", lambda *run: again.append(run) or train(*run))
     files[1].write_text(to_csv([row for row in tests if (row["network"], row["seed"]) != ("lstm", "2")]))
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(tiny, monkeypatch, tmp_pat
 # The files
 
 
-def test_the_committed_table_is_that_of_the_committed_runs():
+def test_the_committed_table_agrees_with_the_committed_runs():
     groups = compare.read_groups(COMPARISON, RESULTS)
     rows = compare.table(groups)
     to_do = {"delta_rule_longer"}
@@ -242,7 +242,7 @@ def test_the_committed_table_is_that_of_the_committed_runs():
             assert values[place] == pytest.approx(sum(each) / len(each))
 
 
-def test_the_settings_are_those_of_the_committed_runs():
+def test_the_settings_agree_with_the_committed_runs():
     """In the first epoch of a curriculum, sequences are shorter than in validation, so accuracy is higher."""
     for row in read(COMPARISON / "metrics.csv"):
         setting, epoch = compare.NETWORKS[row["network"]], int(row["epoch"]) - 1
@@ -252,13 +252,13 @@ def test_the_settings_are_those_of_the_committed_runs():
             assert shorter == (setting.curriculum_start > 0)
 
 
-def test_the_table_says_mean_and_deviation_and_when_90_percent_were_reached():
+def test_the_table_gives_mean_deviation_and_samples_until_90_percent():
     def run(accuracy: float, *validation: float) -> compare.Result:
         metrics = [{"validation_accuracy": value} for value in validation]
         return compare.Result("lstm", {"batch_size": 128}, [], metrics, [{"sequence_length": "5", "accuracy": str(accuracy)}])
 
     (row,) = compare.table({"lstm": [run(50, 10, 90, 95), run(52, 95, 10, 10)]})
-    assert (row["5 pairs"], row["10 pairs"], row["thousand samples to 90 %"]) == ("51.0 ± 1.4", "", "14")  # of 18 and 9
+    assert (row["5 pairs"], row["10 pairs"], row["thousand samples to 90 %"]) == ("51.0 ± 1.4", "", "14")  # mean of 18 and 9
     (row,) = compare.table({"lstm": [run(50, 10, 90, 95), run(52, 10, 10)]})
     assert (row["epochs"], row["thousand samples to 90 %"]) == ("2-3", "-")
 
@@ -289,7 +289,7 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, file, damage, na
 
 
 @pytest.mark.parametrize("words", ["--networks lstn", "--seeds -1", "--seeds x"])
-def test_what_cannot_be_meant_trains_nothing(tmp_path, monkeypatch, capsys, words):
+def test_invalid_options_train_nothing(tmp_path, monkeypatch, capsys, words):
     monkeypatch.setattr(compare, "train", None)
     with pytest.raises(SystemExit, match="2"):
         compare.main(["--output_dir", str(tmp_path / "new"), *words.split()])

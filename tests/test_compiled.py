@@ -1,4 +1,4 @@
-"""The compiled time loop computes what the plain one does, for any neuron, and compiles once for all batches."""
+"""The compiled time loop agrees with the plain one, for any neuron, and is compiled once for all batches."""
 
 import threading
 
@@ -17,7 +17,7 @@ from models.through_time import run_steps
 
 @pytest.fixture
 def traced(monkeypatch):
-    """All but the last part of compilation, which takes a minute: graphs of two steps, run operation by operation."""
+    """Trace graphs of two steps and run them operation by operation. Generating code would take a minute."""
     monkeypatch.setattr(compiled, "STEPS", 2)
     monkeypatch.setattr(compiled, "_block", torch.compile(run_steps, fullgraph=True, backend="aot_eager"))
     compiled._prove.cache_clear()
@@ -31,13 +31,13 @@ def by_compiled_loop(function, *operands):
 
 
 @pytest.mark.slow
-def test_compiled_code_agrees_with_the_published_program():
+def test_compiled_code_agrees_with_the_original_implementation():
     golden.check(golden.load("other_constants"), "compiled")
 
 
 @pytest.fixture
 def codes(monkeypatch):
-    """What is compiled, as types of its operands and whether its buffers are donated; it is not compiled further."""
+    """The operand types of each traced graph, and whether its buffers are donated. No code is generated."""
     found = []
 
     def record(graph, operands):
@@ -48,19 +48,19 @@ def codes(monkeypatch):
     return found
 
 
-def test_nothing_but_the_batch_varies_in_the_code(codes):
-    """Sizes or constants of a second network that are variables of its code break it, in steps of compilation not done here."""
+def test_only_the_batch_is_a_variable_of_the_compiled_code(codes):
+    """If a second network's sizes or constants were variables, generating its code would fail."""
     for neurons, constants in ((5, {}), (7, {}), (7, {"thr": 0.2, "tau_mem": 15.0}), (7, {"refractory_time_steps": 1})):
         by_compiled_loop(population, LIFNeuron(**constants), torch.rand(3, 2, neurons), 5)
     assert [types for types, _ in codes] == 4 * [[torch.SymInt] + 4 * [Tensor]]
-    for batch, steps in ((4, 5), (7, 10), (3, 5)):  # a step may hold tensors with a batch: reading, the memory
+    for batch, steps in ((4, 5), (7, 10), (3, 5)):  # a step may hold batched tensors: reading holds the memory
         currents, memory, weight = torch.rand(batch, steps, 6), torch.rand(batch, 6, 6), torch.rand(6, 6)
         by_compiled_loop(hebbian_read, currents, memory, weight, models.Dynamics())
     assert len(codes) == 5
 
 
 def test_buffers_are_not_donated_in_any_thread(codes):
-    """Gradients of a retained graph would be garbage. The setting is one of each thread, and a check has its own."""
+    """Donation would spoil the gradients of a retained graph. The setting is per thread, and a check has its own thread."""
     thread = threading.Thread(target=by_compiled_loop, args=(population, LIFNeuron(), torch.rand(3, 2, 5), 5))
     thread.start()
     thread.join()
@@ -79,7 +79,7 @@ def test_a_neuron_with_another_state_is_compiled():
     theirs = activity_and_gradient(AdaptiveNeuron(strength=100.0))
     ours = by_compiled_loop(activity_and_gradient, AdaptiveNeuron(strength=100.0))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    assert not torch.equal(activity_and_gradient(LIFNeuron())[1], theirs[1])  # the other state matters
+    assert not torch.equal(activity_and_gradient(LIFNeuron())[1], theirs[1])  # the adaptation matters
 
 
 def no_compiler(*_):
@@ -99,7 +99,7 @@ def wrong(step, state, *inputs):
         (wrong, "backend compiled: it does not compute the model"),
     ],
 )
-def test_compiled_code_that_fails_or_is_wrong_is_refused_in_one_line(block, message, monkeypatch):
+def test_failing_or_wrong_compiled_code_is_refused_in_one_line(block, message, monkeypatch):
     monkeypatch.setattr(compiled, "_block", block)
     model = models.build_model({"num_time_steps": 8, "embedding_size": 8, "memory_size": 8}, "compiled")
     with pytest.raises(models.BackendError, match=message) as failure:

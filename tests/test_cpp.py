@@ -38,7 +38,7 @@ sizes = st.fixed_dictionaries(
 
 
 def operands(options, dtype):
-    """Constants, and currents and weights as the kernels get them."""
+    """The constants, and the currents and weights that the kernels get."""
     torch.manual_seed(1)
     model = models.build_model(options).to(dtype)
     features, labels, query, _ = draw(options, dtype)
@@ -47,17 +47,17 @@ def operands(options, dtype):
 
 
 LONG = {"length": 55, "batch": 1, "num_classes": 55, "feature_size": 9, "embedding_size": 20, "memory_size": 20}
-# More samples than the parts that a batch is divided into, which add up their gradients.
+# More samples than the number of parts into which a batch is divided. The parts' gradients are added up.
 LARGE_BATCH = {"length": 1, "batch": 130, "num_classes": 4, "feature_size": 5, "embedding_size": 9, "memory_size": 9}
 SMALL = {"length": 2, "batch": 4, "num_classes": 5, "feature_size": 5, "num_time_steps": 40, "embedding_size": 20}
-SMALL |= {"memory_size": 9, "thr": 0.05}  # fewer values than encoding neurons
+SMALL |= {"memory_size": 9, "thr": 0.05}  # fewer value neurons than encoding neurons
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(sizes)
 @example(LONG | {"num_time_steps": 8, "thr": 0.05})
 @example(LARGE_BATCH | {"num_time_steps": 20, "thr": 0.05})
-def test_any_sizes_and_options_agree_with_the_plain_function(options):
+def test_kernels_agree_with_the_plain_function_for_any_sizes_and_options(options):
     of_case = operands(options, torch.float64)
     assert_agree(outcome(cpp.store_and_recall, *of_case), outcome(models.store_and_recall, *of_case), 1e-9)
 
@@ -77,7 +77,7 @@ def test_results_do_not_depend_on_the_number_of_threads(batch):
         assert_agree(result, results[0], 0)
 
 
-def test_the_readout_alone_and_without_gradient():
+def test_the_readout_is_the_same_without_gradient_and_recording():
     dynamics, inputs = operands(SMALL, torch.float32)
     with torch.no_grad():
         alone, _, activity = cpp.store_and_recall(*inputs, dynamics)
@@ -111,12 +111,12 @@ def test_extreme_constants_keep_the_precision_of_float32(constants):
     for name in (*POPULATIONS, "memory", *OPERANDS):
         allowed = 3 * (plain[name] - exact[name]).norm() + 1e-6 * exact[name].norm()
         assert (ours[name] - exact[name]).norm() <= allowed, name
-    if constants.get("tau_trace") == 0.5:  # updates by a trace that has decayed are skipped, and still have a gradient
+    if constants.get("tau_trace") == 0.5:  # skipped updates by a decayed trace still have a gradient
         assert_agree(outcome(cpp.store_and_recall, *operands(options, torch.float64)), exact, 1e-10)
 
 
-def test_float32_gradients_over_more_than_96_steps():
-    """Of two blocks of encoding: where no spike differs, they are those of the plain function."""
+def test_float32_gradients_over_more_than_96_steps_agree_with_the_plain_function():
+    """More than 96 steps need two blocks of encoding. No spike differs here, so gradients can be compared."""
     of_case = operands(SMALL | {"memory_size": 24, "num_time_steps": 130}, torch.float32)
     assert_agree(outcome(cpp.store_and_recall, *of_case), outcome(models.store_and_recall, *of_case), 1e-3)
 
@@ -130,7 +130,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_what_is_not_a_number_reaches_the_gradients(place):
+def test_nan_in_an_operand_reaches_the_gradients(place):
     dynamics, inputs = operands(SMALL | {"thr": 0.1}, torch.float32)
     number, element = PLACES[place]
     with torch.no_grad():
@@ -143,10 +143,10 @@ def test_what_is_not_a_number_reaches_the_gradients(place):
 
 
 def recall_with_little_memory(dynamics, inputs):
-    """What 64 threads read out, and the error where the memory is too little."""
+    """The readout of 64 threads, and the error when memory runs out."""
     with open("/proc/self/status") as status:
         used = int(next(line for line in status if line.startswith("VmSize")).split()[1]) * 1024
-    resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)  # of a thread's stack alone 8 MiB
+    resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)  # one thread's stack takes 8 MiB
     torch.set_num_threads(64)
     readout = cpp.store_and_recall(*inputs, dynamics)[0].tolist()
     try:
@@ -155,8 +155,8 @@ def recall_with_little_memory(dynamics, inputs):
         return readout, str(error)
 
 
-def test_fewer_threads_and_no_more_memory():
-    """Where the system grants no more threads fewer do the work; where it grants no more memory one line says so."""
+def test_kernels_run_with_fewer_threads_and_report_running_out_of_memory():
+    """If the system refuses threads, fewer do the work. If it refuses memory, one line says so."""
     dynamics, inputs = operands(SMALL | {"batch": 64}, torch.float32)
     expected = cpp.store_and_recall(*inputs, dynamics)[0].tolist()
     with multiprocessing.get_context("fork").Pool(1) as child:
@@ -165,14 +165,14 @@ def test_fewer_threads_and_no_more_memory():
     assert message == "out of memory in the cpp kernels with 64 samples and 64 threads; use a smaller --batch_size"
 
 
-def test_strided_and_expanded_operands_and_gradients():
+def test_strided_and_expanded_operands_agree_with_the_plain_function():
     dynamics, inputs = operands(SMALL | {"thr": 0.03}, torch.float64)
     ours, theirs = (strided_outcome(function, dynamics, inputs) for function in (cpp.store_and_recall, models.store_and_recall))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_what_memory_held_before_does_not_matter():
-    """Every result is written; and zero times what nobody has written is not zero where that is not a number."""
+def test_results_do_not_depend_on_uninitialized_memory():
+    """Kernels write every result, and do not multiply unwritten memory by zero: 0 * NaN is NaN."""
     of_case = operands(SMALL, torch.float32)
     before = outcome(cpp.store_and_recall, *of_case)
     for _ in range(40):

@@ -1,6 +1,6 @@
-"""Compiling and keeping the CPU kernels, whatever the compiler, the cache and the other processes do.
+"""Compiling and caching the CPU kernels, with failing compilers, damaged caches and concurrent processes.
 
-Most tests use a compiler of their own, which hands out the library that this session's tests run on.
+Most tests use a fake compiler, which copies the library that the other tests use.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from models.backends.cpp import build
 
 @pytest.fixture(scope="module")
 def built():
-    """The library that this session's tests run on, found before a test sets another cache."""
+    """Path of the real library, found before a test sets another cache."""
     return build.library()._name
 
 
@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compiler(built, tmp_path, monkeypatch):
-    """Makes CXX a script that does `instead` with the kernels' source, by default hands out a library; returns its log."""
+    """Set CXX to a script that runs `instead` (default: copy a library) for the kernels' source. Returns its log."""
     log = tmp_path / "log"
 
     def install(instead=f'cp {built} "$out"', path=tmp_path / "fake compiler"):
@@ -54,7 +54,7 @@ def library():
 
 
 def start():
-    """In a process of its own, and without PyTorch."""
+    """Build the library in another process, without PyTorch."""
     command = [sys.executable, "-c", "import build; build.library()"]
     variables = os.environ | {"PYTHONPATH": str(build.FOLDER)}
     return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -67,8 +67,8 @@ def test_processes_that_start_at_once_compile_once(cache, compiler, built):
     assert sorted(error.split(" ")[0] for error in errors) == ["compiling", "waiting", "waiting"]
 
 
-def test_sources_flags_compiler_and_processor_name_another_library(tmp_path, monkeypatch):
-    """The flags stand in build.py."""
+def test_another_source_flag_compiler_or_processor_gives_another_library(tmp_path, monkeypatch):
+    """The flags are in build.py, so changing this file changes them."""
     folder = shutil.copytree(build.FOLDER, tmp_path / "cpp")
     for name, path in {"FOLDER": folder, "SOURCE": folder / build.SOURCE.name, "__file__": str(folder / "build.py")}.items():
         monkeypatch.setattr(build, name, path)
@@ -81,7 +81,7 @@ def test_sources_flags_compiler_and_processor_name_another_library(tmp_path, mon
     assert len(set(keys)) == len(keys) > 10
 
 
-def test_a_killed_compilation_leaves_nothing(cache, compiler, built, tmp_path):
+def test_the_next_compilation_removes_the_files_of_a_killed_one(cache, compiler, built, tmp_path):
     hang = tmp_path / "hang"
     hang.touch()
     log = compiler(f'if [ -e {hang} ]; then sleep 60; fi; cp {built} "$out"')
@@ -97,7 +97,7 @@ def test_a_killed_compilation_leaves_nothing(cache, compiler, built, tmp_path):
     assert not list(cache.glob("*/build-*"))
 
 
-def test_a_stopped_compilation_is_waited_for_a_while(cache, compiler, monkeypatch, capsys):
+def test_a_process_waits_for_a_stopped_compilation_then_compiles(cache, compiler, monkeypatch, capsys):
     log = compiler()
     path = Path(library()._name)
     path.unlink()
@@ -121,7 +121,7 @@ def test_a_damaged_library_is_compiled_again(cache, compiler):
     assert log.read_text().count("\n") == 2
 
 
-def test_what_others_can_write_is_not_loaded(cache, compiler, monkeypatch):
+def test_a_library_that_others_can_write_to_is_refused(cache, compiler, monkeypatch):
     compiler()
     path = Path(library()._name)
     for place in (path, path.parent, cache):
@@ -135,7 +135,7 @@ def test_what_others_can_write_is_not_loaded(cache, compiler, monkeypatch):
             library()
 
 
-def test_without_a_home_or_a_folder(compiler, monkeypatch, tmp_path):
+def test_without_a_home_the_library_goes_to_the_temporary_folder(compiler, monkeypatch, tmp_path):
     compiler()
     monkeypatch.delenv(build.CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
@@ -146,7 +146,7 @@ def test_without_a_home_or_a_folder(compiler, monkeypatch, tmp_path):
         library()
 
 
-def test_the_first_compiler_that_compiles_is_taken(cache, compiler, monkeypatch, tmp_path):
+def test_the_first_working_compiler_is_used(cache, compiler, monkeypatch, tmp_path):
     bin = tmp_path / "bin"
     compiler("echo warning; printf 'source.cpp:1: error: a \\351 is unknown\\n' >&2; exit 1", bin / "c++")
     log = compiler(path=bin / "g++")
@@ -172,8 +172,8 @@ def test_the_first_compiler_that_compiles_is_taken(cache, compiler, monkeypatch,
         ({"CXX": "", "PATH": ""}, r"no C\+\+ compiler found"),
     ],
 )
-def test_causes_are_told_apart_in_one_line(cache, compiler, monkeypatch, instead, message):
-    """What a compiler does, or the environment without one."""
+def test_a_failed_build_names_its_cause_in_one_line(cache, compiler, monkeypatch, instead, message):
+    """`instead` is the fake compiler's command, or the environment to set."""
     if isinstance(instead, str):
         compiler(instead)
     else:

@@ -1,4 +1,4 @@
-"""The C++ kernels on other processors and by other compilers, and with sanitizers."""
+"""The C++ kernels on other processors, with other compilers and with sanitizers."""
 
 import ctypes
 import shutil
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}
 
 
 def write_case(path, options, dtype):
-    """One case as the driver reads it, with what the plain model computes."""
+    """Write a case, and the plain model's results, for the driver."""
     torch.manual_seed(1)
     model = models.build_model(options, "reference").to(dtype)
     inputs = [x.detach().requires_grad_() for x in model.currents(*draw(options, dtype)[:3])]
@@ -76,7 +76,7 @@ MACHINES = {
 def test_kernels_agree_with_the_plain_model_on(name, cases, tmp_path):
     compiler, extension = name.split()
     emulator = ["qemu-aarch64-static"] if extension == "neon" else []
-    for program in (compiler, *emulator):  # what a machine lacks is skipped: `g++ avx2` alone is among the fast tests
+    for program in (compiler, *emulator):  # only `g++ avx2` is a fast test
         if not shutil.which(program):
             pytest.skip(f"needs {program}")
     if EXTENSIONS.get(extension, "") not in Path("/proc/cpuinfo").read_text():

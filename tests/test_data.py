@@ -1,4 +1,4 @@
-"""The published evaluation sets, and training samples that depend on nothing but what they are named by."""
+"""The original evaluation sets, and training samples that depend only on seed, epoch, index and sizes."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ FIELDS = [field.name for field in dataclasses.fields(data.Samples)]
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 @pytest.mark.parametrize(("length", "classes"), [(10, 10), (3, 7), (55, 55)])
-def test_evaluation_sets_are_the_published_ones(split, length, classes):
+def test_evaluation_sets_are_those_of_the_original_implementation(split, length, classes):
     samples = data.evaluation_set(split, length, classes, 10, dataset_seed=42)
     digest = hashlib.sha256()
     with np.load(golden.FOLDER / "published_datasets.npz") as published:
@@ -55,12 +55,12 @@ def test_training_samples_do_not_depend_on_batches():
 
 
 @pytest.mark.parametrize("other", [{"epoch": 4}, {"seed": 43}, {"length": 5}])
-def test_training_streams_differ(other):
+def test_training_samples_differ_between_epochs_seeds_and_lengths(other):
     features = draw(0, 50).features
     assert not torch.isin(draw(0, 50, **other).features, features).any()
 
 
-def test_training_samples_are_the_task():
+def test_training_samples_follow_the_task():
     samples = draw(0, 9000)
     assert samples.features.shape == (9000, 4, 5) and samples.features.dtype == torch.float32
     assert samples.features.min() >= 0 and samples.features.max() < 1 and abs(samples.features.mean() - 0.5) < 0.005
@@ -83,7 +83,7 @@ def test_the_fixed_set_is_generated_once(monkeypatch):
     assert torch.equal(torch.cat([part.features for part in parts]), generate(0, 9000, 0, **sizes).features[order])
 
 
-def test_lengths_of_a_curriculum():
+def test_a_curriculum_lengthens_sequences_up_to_the_full_length():
     grown = [data.training_length(epoch, 6, curriculum_start=2, curriculum_step=3) for epoch in range(4)]
     assert grown == [2, 5, 6, 6]
     assert [data.training_length(epoch, 6) for epoch in range(3)] == [6, 6, 6]

@@ -1,6 +1,6 @@
-"""Distributed training: the same training as one process, one voice, and an end in good order when something fails.
+"""Distributed training: the same result as one process, messages printed once, and one error line if something fails.
 
-Real processes over gloo on loopback run `small_task.py`, in float64.
+Real processes run `small_task.py` in float64, over gloo on loopback.
 """
 
 import itertools
@@ -34,7 +34,7 @@ from utils.options import Parser
 
 
 def check_steps(single: Path, trace: Path, processes: int, threads: int = 1) -> None:
-    """Together the processes have seen what one process sees, each with its part of the threads."""
+    """Check that the processes together saw the samples of one process, each with its share of the threads."""
     steps = [path.read_text().splitlines() for path in sorted(trace.iterdir())]
     assert len(steps) == processes
     assert {step.split()[0] for rank in steps for step in rank} == {str(threads)}
@@ -43,7 +43,7 @@ def check_steps(single: Path, trace: Path, processes: int, threads: int = 1) -> 
     assert len(seen) >= 7 and seen == expected[: len(seen)]
 
 
-def test_three_processes_train_as_one_does_and_one_resumes_after_ctrl_c(single, tmp_path):
+def test_three_processes_train_like_one_and_one_resumes_after_ctrl_c(single, tmp_path):
     (trace := tmp_path / "trace").mkdir()
     words = (*NETWORK, "--epochs", "2", "--output_dir", tmp_path / "run")
     status, out, err = run(
@@ -58,17 +58,17 @@ def test_three_processes_train_as_one_does_and_one_resumes_after_ctrl_c(single, 
 
 
 @pytest.mark.slow
-def test_torchrun_trains_as_one_process_does(single, tmp_path):
+def test_torchrun_trains_like_one_process(single, tmp_path):
     (trace := tmp_path / "trace").mkdir()
     words = (*NETWORK, "--epochs", "2", "--output_dir", tmp_path / "run", *GLOO)
     status, _, err = run(*words, prefix=TORCHRUN, OMP_NUM_THREADS="1", SMALL_TASK_TRACE=str(trace))
     assert status == 0, err
-    # torchrun's one thread is not a choice: the cores are divided
+    # torchrun sets one thread by default, so the program divides the cores instead
     check_steps(single, trace, 2, threads=max(1, len(os.sched_getaffinity(0)) // 2))
     assert_same_training(single, tmp_path / "run")
 
 
-def test_two_nodes_train_as_one_process_does_with_the_options_of_rank_0(single, tmp_path):
+def test_two_nodes_train_like_one_process_with_the_options_of_rank_0(single, tmp_path):
     """--batch_size counts for a node: two nodes with 31 each make up a batch of 62."""
     where = ("--world_size", "2", *GLOO, "--dist_url", f"tcp://127.0.0.1:{free_port()}")
     words = (*NETWORK, "--epochs", "2", "--batch_size", "31", "--output_dir", tmp_path / "first")
@@ -96,7 +96,7 @@ def test_evaluation_by_two_processes_gives_the_accuracy_of_one(single):
         pytest.param("1:7:bug", "rank 1 failed: ZeroDivisionError: a bug", marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_dies_ends_all_and_the_last_checkpoint_goes_on(tmp_path, failure, message):
+def test_a_dead_process_ends_the_job_and_leaves_the_last_checkpoint(tmp_path, failure, message):
     words = (*NETWORK, "--output_dir", tmp_path, "--epochs", "2")
     status, _, err = run(*words, *distributed(2), "--dist_timeout", "5", SMALL_TASK_FAIL=failure)
     remedy = re.escape(f"; the same command with --output_dir {tmp_path} --resume auto resumes from the last checkpoint")
@@ -109,7 +109,7 @@ def test_a_process_that_dies_ends_all_and_the_last_checkpoint_goes_on(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_program_alone_reaches_all_its_processes(tmp_path, number):
-    """SIGKILL cannot be passed on, but leaves no process behind, either; `end` sees to that."""
+    """SIGKILL cannot be passed on, but it also leaves no process behind: `end` checks this."""
     (trace := tmp_path / "trace").mkdir()
     words = (*NETWORK, "--output_dir", tmp_path / "run", "--epochs", "1000")
     started = Started(*words, *distributed(2), SMALL_TASK_TRACE=str(trace))
@@ -120,8 +120,8 @@ def test_a_signal_to_the_program_alone_reaches_all_its_processes(tmp_path, numbe
         assert (status, out.count("interrupted"), err) == (128 + number, 1, "")
 
 
-def test_interruption_heeds_all_signals_but_those_that_were_ignored():
-    """As `nohup` does, which the program must not undo."""
+def test_interruption_handles_every_signal_that_is_not_ignored():
+    """The program must not undo `nohup`, which makes it ignore SIGHUP."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         outside = signal.signal(number, signal.default_int_handler)  # the tests themselves may run under `nohup`
         with Interruption() as interruption:
@@ -134,7 +134,7 @@ def test_interruption_heeds_all_signals_but_those_that_were_ignored():
         signal.signal(number, outside)
 
 
-# Nodes that do not find together
+# Nodes that do not connect
 
 
 def options(*words):
@@ -166,7 +166,7 @@ TORCHRUN_ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LO
         ("--world_size 2 --rank 1 --dist_backend gloo --dist_url tcp://nowhere.invalid:29", {}, "--dist_url: cannot resolve"),
     ],
 )
-def test_ranks_that_cannot_be_are_refused(words, environment, message, capsys, monkeypatch, tmp_path):
+def test_impossible_ranks_are_refused(words, environment, message, capsys, monkeypatch, tmp_path):
     for name in ENVIRONMENT.keys() | TORCHRUN_ENVIRONMENT.keys():
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -176,7 +176,7 @@ def test_ranks_that_cannot_be_are_refused(words, environment, message, capsys, m
     assert not (tmp_path / "run").exists()
 
 
-def test_nodes_are_counted_as_published(monkeypatch):
+def test_ranks_are_counted_as_in_the_original_implementation(monkeypatch):
     def ranks(*words):
         return launch.find_ranks(options(*words))
 
@@ -205,8 +205,8 @@ def test_nodes_are_counted_as_published(monkeypatch):
     ("rank", "taken", "message"),
     [("0", False, "not all nodes met at"), ("1", False, "not all nodes met at"), ("0", True, "the port of --dist_url")],
 )
-def test_nodes_that_do_not_meet(rank, taken, message, monkeypatch):
-    monkeypatch.setattr(launch.threading.Timer, "start", lambda timer: None)  # it would end the tests, if PyTorch is late
+def test_nodes_that_do_not_connect_raise_an_error(rank, taken, message, monkeypatch):
+    monkeypatch.setattr(launch.threading.Timer, "start", lambda timer: None)  # the timer would end the tests if PyTorch is late
     with socket.socket() as other:
         other.bind(("", 0))
         url = f"tcp://127.0.0.1:{other.getsockname()[1]}"
@@ -220,8 +220,8 @@ def test_nodes_that_do_not_meet(rank, taken, message, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_listens_and_does_not_answer_is_waited_for_a_while(tmp_path):
-    """As the other node of a port in use does; PyTorch waits without an end."""
+def test_a_node_stops_waiting_for_a_port_that_does_not_answer(tmp_path):
+    """Another program may use the port. PyTorch alone would wait forever."""
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
@@ -231,7 +231,7 @@ def test_what_listens_and_does_not_answer_is_waited_for_a_while(tmp_path):
     assert status == 1 and err.startswith(f"error: rank 1: not all nodes met at {url} within 2 s")
 
 
-def test_nodes_with_another_program_are_refused(monkeypatch, capsys):
+def test_nodes_with_different_software_are_refused(monkeypatch, capsys):
     def gather(found, own):
         found[:] = [f"{software} on node 0", own]
 
@@ -251,8 +251,8 @@ def test_nodes_with_another_program_are_refused(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["slurm_multiprocessing", "slurm_torchrun"])
-def test_the_slurm_examples_start_a_training_with_options_that_it_knows(name, tmp_path):
-    """SLURM and Python are stand-ins: `srun` starts its command on this host, `python` and `torchrun` print their words."""
+def test_the_slurm_examples_pass_valid_options_to_the_task_script(name, tmp_path):
+    """SLURM and Python are replaced: `srun` starts its command on this host, `python` and `torchrun` print their arguments."""
     fakes = {"srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"', "scontrol": "echo node0", "python": 'echo "$@"'}
     for program, text in (fakes | {"torchrun": fakes["python"]}).items():
         (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")

@@ -1,4 +1,4 @@
-"""The examples run from their own commands and the notebook from its first cell to its last; the pages' programs run, too."""
+"""The examples, the notebook and the program in docs/model.md run."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def printed(notebook) -> str:
 
 
 def check_notebook(notebook) -> None:
-    """It recalls images from corrupted copies and learns own vectors, and every figure is in it."""
+    """The notebook recalls images from corrupted copies, learns its own vectors, and contains every figure."""
     text = printed(notebook)
     assert "20 of 20 images recalled from themselves" in text
     assert int(re.search(r"(\d+) of 20 images recalled from a copy", text)[1]) >= 14
@@ -40,7 +40,7 @@ def test_the_notebook_is_committed_with_its_outputs():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_shows_what_it_says():
+def test_running_the_notebook_gives_its_stated_results():
     import nbclient
     import nbformat
 

@@ -45,7 +45,7 @@ def finish(child):
     return child.returncode, output
 
 
-def test_lists_make_runs(tmp_path):
+def test_a_sweep_makes_a_run_for_each_combination_of_listed_values(tmp_path):
     path = write(
         tmp_path / "sweep.yaml",
         long={"sequence_length": [2, 5], "num_classes": "sequence_length", "seed": [1, 2], "epochs": 7},
@@ -62,7 +62,7 @@ def test_lists_make_runs(tmp_path):
 
 
 def test_the_sweep_file_is_read_as_strictly_as_a_config(tmp_path):
-    """Words stay what they are on the command line, and merged blocks give way to what stands beside them."""
+    """Values are read as on the command line, and a group's own options override merged ones."""
     path = tmp_path / "sweep.yaml"
     path.write_text(
         "a: &a {seed: [010], batch-size: 7, perfect_reset: [true]}\nb: [{<<: *a, seed: [3], perfect-reset: false}]\n"
@@ -78,7 +78,7 @@ def test_the_sweep_file_is_read_as_strictly_as_a_config(tmp_path):
 
 
 def signal_when(words, runs_that_print_them, folder, number, delay=0):
-    """Send a signal to this process."""
+    """Send a signal to this process when so many runs have printed these words."""
 
     def wait():
         while sum(words in log.read_text() for log in folder.rglob("log.txt")) < runs_that_print_them:
@@ -89,23 +89,21 @@ def signal_when(words, runs_that_print_them, folder, number, delay=0):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def test_a_run_that_is_killed_is_reported_by_its_signal_and_one_that_another_process_holds_is_left_to_it(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_sweep_reports_a_killed_run_with_its_signal_and_skips_a_run_held_elsewhere(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "sweep.yaml", group={"seed": [1, 2]})
     killed = [sys.executable, "-c", "import os; print('epoch 1', flush=True); os.kill(os.getpid(), 9)"]
     monkeypatch.setattr(sweep.Job, "command", lambda *_, **__: killed)
     held = FileLock(tmp_path / "group" / "seed1" / run_folder.LOCK)
     Path(held.lock_file).parent.mkdir(parents=True)
     with held:
-        signal_when("epoch 1", 1, tmp_path, signal.SIGTERM, delay=2)  # else it would wait for the other process
+        signal_when("epoch 1", 1, tmp_path, signal.SIGTERM, delay=2)  # otherwise the sweep waits for the other process
         assert sweep.main([str(path), "--output_dir", str(tmp_path), "--jobs", "1"]) == 128 + signal.SIGTERM
     out = capsys.readouterr().out
     assert "0 of 2 runs done, 1 failed, 1 unfinished\nfailed: group/seed2: killed by signal 9 (Killed)" in out
     assert "group/seed1" not in out
 
 
-def test_a_sweep_that_is_interrupted_lets_its_runs_save(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_sweep_lets_its_runs_save(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "sweep.yaml", group={"seed": [1, 2, 3]})
     save = "import signal, time; signal.signal(15, lambda *_: exit(print('saved') or 143)); "
     save += "print('at work', flush=True); time.sleep(60)"
@@ -116,7 +114,7 @@ def test_a_sweep_that_is_interrupted_lets_its_runs_save(tmp_path, monkeypatch, c
     assert [log.read_text() for log in tmp_path.rglob("log.txt")] == ["at work\nsaved\n"] * 2
 
 
-def test_each_run_of_a_sweep_has_a_gpu_of_its_own_in_turn(tmp_path, monkeypatch):
+def test_a_sweep_gives_its_gpus_to_its_runs_in_turn(tmp_path, monkeypatch):
     path = write(tmp_path / "sweep.yaml", group={"seed": [1, 2, 3, 4]})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for visible, jobs, expected in ((None, None, ["0", "1"]), ("4,6", 3, ["4", "6", "4"]), ("GPU-a,GPU-b", 1, ["GPU-a"])):
@@ -142,7 +140,7 @@ def test_each_run_of_a_sweep_has_a_gpu_of_its_own_in_turn(tmp_path, monkeypatch)
         ({"epochs": 3}, "seed"),
     ],
 )
-def test_a_wrong_sweep_starts_nothing(tmp_path, capsys, group, words):
+def test_an_invalid_sweep_starts_no_run(tmp_path, capsys, group, words):
     path = write(tmp_path / "sweep.yaml", group=group)
     assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -155,7 +153,7 @@ def lines(path):
 
 
 @pytest.mark.slow
-def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other(tmp_path, capsys):
+def test_two_sweeps_share_the_runs_of_a_folder_and_continue_after_a_failed_run(tmp_path, capsys):
     group = {"sequence_length": [1, 2], "seed": 1, "epochs": 1, "backend": "reference", **SMALL}
     path = write(tmp_path / "sweep.yaml", small=group)
     damaged, whole = (tmp_path / "runs" / "small" / f"sequence_length{n}" for n in (1, 2))
@@ -173,7 +171,7 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
     (tested,) = csv.DictReader(lines(whole / "accuracy_by_length.csv"))
     assert tested["sequence_length"] == "2"
 
-    # What is finished is not repeated, though its metrics are lost.
+    # A finished run is not repeated, even if its metrics are lost.
     metrics = whole / "metrics.jsonl"
     kept = metrics.read_text()
     metrics.unlink()
@@ -186,11 +184,11 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
     (job,) = sweep.read_sweep(path, tmp_path / "runs")
     assert job.is_tested() and not dataclasses.replace(job, test_lengths=(1, 2)).is_tested(), "tested at these lengths"
     os.utime(whole / checkpoints.BEST)
-    assert not job.is_tested(), "that network, not the one before it"
+    assert not job.is_tested(), "the table is older than the network"
     (result,) = runs.read_results(tmp_path / "runs")
     assert summarize.summary(result)["state"] == "finished"
 
-    # Results of other options are not reported as those of the file.
+    # A run with other options than the file's is refused.
     write(path, small=group | {"gamma_neg": 0.02})
     assert sweep.main([str(path), "--output_dir", str(tmp_path / "runs")]) == 1
     assert "gamma_neg 0.02 (run: 0.3)" in capsys.readouterr().err
@@ -199,9 +197,8 @@ def test_two_sweeps_in_one_folder_share_the_runs_and_a_failed_one_stops_no_other
     assert runs.read_results(tmp_path / "kept") == [result]
 
 
-def test_the_sweep_file_makes_the_runs_that_are_kept():
-    """Old results of options that the file no longer gives would not be noticed: they are not made again. The file may hold
-    more runs, which are still to do."""
+def test_results_yaml_describes_every_committed_run():
+    """Committed runs are not repeated, so nothing else notices if the file changes their options."""
     jobs = {job.name: job for job in sweep.read_sweep(ROOT / "experiments" / "results.yaml", Path("runs"))}
     kept = {result.name: result for result in runs.read_results(RESULTS)}
     assert kept.keys() <= jobs.keys()
@@ -209,13 +206,13 @@ def test_the_sweep_file_makes_the_runs_that_are_kept():
         assert jobs[name].differences(kept[name].options) == [], name
 
 
-def test_the_table_is_that_of_the_raw_metrics():
+def test_the_committed_table_agrees_with_the_raw_metrics():
     rows = [summarize.summary(result) for result in runs.read_results(RESULTS)]
     assert (RESULTS / "table.csv").read_text(encoding="utf-8") == runs.to_csv(rows)
     assert (RESULTS / "table.md").read_text(encoding="utf-8") == summarize.to_markdown(rows)
 
 
-def test_the_figures_of_accuracy_tell_budgets_and_silent_seeds_apart():
+def test_accuracy_figures_distinguish_epochs_and_silent_seeds():
     results = runs.read_results(RESULTS)
     rows = [summarize.summary(result) for result in results]
     drawn = dict(summarize.figures(results, rows))
@@ -236,8 +233,8 @@ def test_the_figures_of_accuracy_tell_budgets_and_silent_seeds_apart():
     assert summarize.line_labels(["b", "a", "b"]) == {"b": "b", "a": "a"}
 
 
-def test_copied_runs_join_those_that_are_kept(tmp_path):
-    """A run that is not tested yet stays out; one that is kept gives way to more epochs alone."""
+def test_copying_runs_adds_them_to_the_kept_runs(tmp_path):
+    """An untested run is not copied. A kept run is replaced only by a run with more epochs."""
     head = "# started today in epoch 1; host a, commit f6e3168d6d, Python 3\n#   python task.py --seed 1\n"
     epoch, kept = '{"epoch": 1, "validation_accuracy": 50.0}\n', tmp_path / "kept"
     for seed, metrics in ((1, epoch + epoch.replace("1", "2")), (2, epoch), (3, epoch)):
@@ -255,7 +252,7 @@ def test_copied_runs_join_those_that_are_kept(tmp_path):
     assert [row["run"] for row in csv.DictReader(lines(kept / "table.csv"))] == ["old/seed1", "old/seed2"]
 
 
-def test_a_table_has_the_columns_of_all_rows_and_a_run_no_accuracy_of_another_length():
+def test_a_table_has_the_columns_of_all_rows_and_an_untested_length_has_no_accuracy():
     assert runs.to_csv([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
     run = runs.Result("group/run", {}, [], [], [{"sequence_length": "20", "accuracy": "50.0"}])
     assert (summarize.accuracy_at(run, 10), summarize.accuracy_at(run, 20)) == (None, 50.0)
@@ -270,7 +267,7 @@ def make_run(folder, metrics='{"epoch": 1, "validation_accuracy": 50.0}\n', opti
     (folder / "metrics.jsonl").write_text(metrics)
 
 
-def test_a_folder_that_is_itself_a_run_gives_its_name_and_runs_are_in_the_order_of_their_numbers(tmp_path):
+def test_a_run_folder_names_its_run_and_runs_are_sorted_by_number(tmp_path):
     names = [f"readout_delay{delay}" for delay in (0, 3, 10)]
     for name in names:
         make_run(tmp_path / name, options=OPTIONS | {"readout_delay": name})
@@ -287,7 +284,7 @@ def test_a_damaged_run_is_named(tmp_path, content):
         runs.read_results(tmp_path)
 
 
-def test_a_table_that_excel_marked_is_read(tmp_path):
+def test_a_table_with_the_byte_order_mark_of_excel_is_read(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfsequence_length,accuracy\r\n2,50.0\r\n")
     assert runs.read_results(tmp_path / "a.csv")[0].tests == [{"sequence_length": "2", "accuracy": "50.0"}]
 
@@ -304,8 +301,8 @@ def test_a_committed_network_scores_what_the_table_says(tmp_path):
 
 
 class Exact(torch.nn.Module):
-    """A made-up network: the label of the vector nearest to the query; but that of the second nearest where the first pair is
-    asked for; after a pause, and with gamma_neg 0 (class 9), always wrong."""
+    """A made-up network. It answers with the label of the vector nearest to the query, or of the second nearest if the first
+    pair is asked for. After a pause, and with gamma_neg 0, it always answers 9, which is wrong."""
 
     def __init__(self, gamma_neg):
         super().__init__()
@@ -329,8 +326,8 @@ class Exact(torch.nn.Module):
         return torch.nn.functional.one_hot(torch.full((len(query),), 9), 10), None
 
 
-def test_the_numbers_of_the_analysis_on_a_made_up_network(monkeypatch):
-    """Three pairs on a line, at 0, 1 and 3: the one nearest to the first is the second, whose label a wrong answer names."""
+def test_the_analysis_of_a_made_up_network_gives_the_expected_numbers(monkeypatch):
+    """Three pairs on a line, at 0, 1 and 3. The second is nearest to the first, so wrong answers name its label."""
     params = {"sequence_length": 3, "num_classes": 10, "feature_size": 1, "dataset_seed": 1, "gamma_neg": 0.3}
     features, labels = torch.tensor([[[0.0], [1.0], [3.0]]]).expand(8, 3, 1), torch.tensor([[5, 6, 7]]).expand(8, 3)
     asked = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
@@ -354,7 +351,7 @@ def test_the_numbers_of_the_analysis_on_a_made_up_network(monkeypatch):
 
 
 def test_the_analysis_agrees_with_the_evaluation(tmp_path, monkeypatch, capsys):
-    """Two networks of one name: by position, without noise, and with the depression that they were trained with."""
+    """For two networks with one file name: by position, without noise, and with the gamma_neg of training."""
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 200)
     tiny = "--sequence_length 2 --num_classes 3 --num_time_steps 20 --embedding_size 10 --memory_size 10 --epochs 1"
     best = []

@@ -82,8 +82,7 @@ def in_child(body, kill_after: float | None = None) -> int:
 
 
 def kill_while_writing(number: int, folder: Path, epochs: int) -> int:
-    """Train, and be killed (SIGKILL) at the `number`-th point inside the writing of checkpoints: half of it written, not yet
-    renamed, just renamed."""
+    """Train until SIGKILL at a point of writing checkpoints: in turn half written, not yet renamed, just renamed."""
     points = itertools.count()
 
     def point() -> None:
@@ -116,8 +115,8 @@ def kill_while_writing(number: int, folder: Path, epochs: int) -> int:
 
 
 @pytest.mark.parametrize("times", [6, pytest.param(60, marks=pytest.mark.slow)])
-def test_killed_trainings_end_as_the_undisturbed_one(times, tmp_path, whole):  # `whole` first: forks then have all imports
-    """Killed half of the times while a checkpoint is written, resumed each time: the same weights and metrics, bit for bit."""
+def test_killed_and_resumed_runs_end_like_an_undisturbed_run(times, tmp_path, whole):  # `whole` imports all before the forks
+    """Every second kill comes while a checkpoint is written. Weights and metrics stay the same, bit for bit."""
     rng, epochs, kills = random.Random(0), 3 if times < 10 else 10, 0
     folder, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     start = time.perf_counter()
@@ -130,7 +129,7 @@ def test_killed_trainings_end_as_the_undisturbed_one(times, tmp_path, whole):  #
             status = in_child(lambda: kill_while_writing(rng.randrange(9), folder, epochs))
         else:
             status = in_child(lambda: train(folder, epochs), kill_after=rng.uniform(0, 2) * epoch_seconds)
-        assert status in (-signal.SIGKILL, 0), f"a resumed training exited with {status}"
+        assert status in (-signal.SIGKILL, 0), f"a resumed run exited with {status}"
         check_metrics(folder)
         if status == 0:
             assert_same_run(folder, undisturbed, (checkpoints.LAST, checkpoints.BEST))
@@ -150,15 +149,15 @@ def check_metrics(folder: Path) -> None:
 
 
 def test_the_checkpoint_is_written_last(folder, monkeypatch):
-    """Were it written before the metrics, a kill in between would lose the last epoch's line for good."""
+    """If it came before the metrics, a kill in between would lose the last epoch's line permanently."""
     written, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: (written.append(Path(target).name), replace(source, target)))
     run.save(folder, checkpoints.load(folder / checkpoints.LAST), is_best=True)
     assert written == [checkpoints.BEST, METRICS, checkpoints.LAST]
 
 
-@pytest.mark.parametrize("number", range(3))  # half of it written, not yet renamed, just renamed
-def test_a_kill_while_the_first_checkpoint_is_written_leaves_a_folder_in_which_a_run_begins(number, tmp_path, whole):
+@pytest.mark.parametrize("number", range(3))  # half written, not yet renamed, just renamed
+def test_a_run_killed_while_writing_its_first_checkpoint_can_start_again(number, tmp_path, whole):
     folder = tmp_path / "killed"
     assert in_child(lambda: kill_while_writing(number, folder, 2)) == -signal.SIGKILL
     assert (folder / checkpoints.LAST).exists() == (number == 2)
@@ -197,13 +196,13 @@ def test_a_run_is_not_overwritten(standing, words, message, folder, whole, capsy
 
 def test_the_lock_is_released_when_main_raises(folder, monkeypatch):
     monkeypatch.setattr(task, "train_step", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError) as kept:  # a notebook keeps an exception, and what it refers to
+    with pytest.raises(ZeroDivisionError) as kept:  # a notebook keeps exceptions and the objects they refer to
         train(folder, 4)
     with run.locked(folder):
         assert kept
 
 
-def test_the_best_checkpoint_of_a_run_is_resumed_in_another_folder_or_where_the_last_is_damaged(folder, tmp_path):
+def test_the_best_checkpoint_resumes_in_another_folder_or_if_the_last_is_damaged(folder, tmp_path):
     resumed = [*TINY, "--resume", str(folder / checkpoints.BEST), "--epochs", "3"]
     assert task.main([*resumed, "--output_dir", str(tmp_path / "other")]) == 0
     os.truncate(folder / checkpoints.LAST, 5000)
@@ -234,22 +233,22 @@ def largest_file(size: int):
         (plot.main, "--metrics {whole} --output dead/figures"),
     ],
 )
-def test_a_link_that_leads_nowhere_is_told_as_one(main, words, whole, tmp_path, monkeypatch, capsys):
+def test_a_dead_link_is_reported_as_a_dead_link(main, words, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dead").symlink_to("nowhere/at/all")
     assert "dead is a link to what is not there" in refuse(capsys, *words.format(whole=whole).split(), main=main)
 
 
-def test_file_too_large_stops_the_training_and_keeps_the_checkpoint(folder, capsys):
+def test_a_file_size_limit_stops_the_run_and_keeps_the_checkpoint(folder, capsys):
     before = contents(folder)
     with largest_file(4096):
         line = refused(capsys, "--output_dir", folder, "--resume", "auto", "--epochs", 4)
-    assert contents(folder) == before, "the old files and nothing else"
+    assert contents(folder) == before, "only the old files remain"
     assert "cannot be written (File too large); make room or choose another --output_dir" in line
     assert train(folder, 3) == 0
 
 
-def test_folder_that_cannot_be_written_to(tmp_path, capsys):
+def test_an_unwritable_output_dir_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
         assert f"--output_dir {place}" in refused(capsys, "--output_dir", place)
@@ -276,16 +275,16 @@ def test_resume_auto_falls_back_to_the_newest_whole_checkpoint(folder, capsys):
         ("--l2 1e38", "epoch 2, step 1: not finite: loss, gradient of input_layer.weight", 1),
     ],
 )
-def test_not_finite_stops_before_the_step(options, message, finished, tmp_path, capsys):
+def test_a_non_finite_number_stops_the_run_before_the_step(options, message, finished, tmp_path, capsys):
     assert message in refused(capsys, "--output_dir", tmp_path, "--epochs", 3, *options.split())
     checkpoint = checkpoints.load(tmp_path / checkpoints.LAST)
     assert checkpoint["epoch"] == len(checkpoint["history"]) == finished
 
 
 @pytest.mark.parametrize(
-    "lack", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes"), torch.OutOfMemoryError("CUDA")]
+    "error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes"), torch.OutOfMemoryError("CUDA")]
 )
-def test_a_lack_of_memory_is_one_line_with_the_remedy(lack):
+def test_running_out_of_memory_gives_one_line_with_the_remedy(error):
     for size, remedy in ((64, "--batch_size 32"), (1, "choose a smaller --memory_size")):
         with pytest.raises(UserError, match=f"out of memory; .*{remedy}"), out_of_memory_in_one_line(size):
-            raise lack
+            raise error

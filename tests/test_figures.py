@@ -1,4 +1,4 @@
-"""What is drawn is what was recorded; files go where they belong; what cannot be drawn is reported in one line."""
+"""Figures show the recorded values, files go to the right folder, and invalid input gets one error line."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ STORED = {store for _, store, _ in activity.ROWS}
 
 
 def make_trial(pairs=3, classes=10, neurons=20, steps=40, rate=0.1, seed=0) -> activity.Trial:
-    """A trial of arbitrary numbers, of any size."""
+    """A trial with random numbers, of any size."""
     rng = np.random.default_rng(seed)
     duration = {name: steps * (pairs if name in STORED else 1) for name in models.POPULATIONS}
     features, labels, asked = rng.random((pairs, 10)), rng.permutation(classes)[:pairs], int(rng.integers(pairs))
@@ -61,10 +61,10 @@ def words_of(figure) -> str:
     return " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
 
 
-# What is drawn
+# Contents of figures
 
 
-def test_overview_shows_every_spike_once_rates_per_second_inputs_readout_and_logits():
+def test_the_overview_shows_spikes_rates_inputs_readout_and_logits():
     trial = make_trial(steps=43)  # the last bin of a rate is shorter
     figure = activity.overview(trial)
     artists = drawn(figure)
@@ -99,7 +99,7 @@ def test_the_values_of_many_features_are_not_blurred():
         assert (inner == value).all(), pair
 
 
-def test_memories_are_shown_on_one_scale_the_first_and_last_of_many_pairs_among_them(trial):
+def test_memories_share_one_scale_and_include_the_first_and_last_pair(trial):
     artists = drawn(activity.memory(trial))
     matrix = artists["memory"].axes
     assert (matrix.get_xlabel(), matrix.get_ylabel(), matrix.yaxis_inverted()) == ("Key neuron", "Value neuron", False)
@@ -113,7 +113,7 @@ def test_memories_are_shown_on_one_scale_the_first_and_last_of_many_pairs_among_
     assert len(names) == 10 and {"memory after pair 1", "memory after pair 55"} <= set(names)
 
 
-def test_membranes_are_shown_with_their_spikes_of_the_most_to_the_least_active_neuron(trial):
+def test_membranes_are_shown_with_spikes_from_the_most_to_the_least_active_neuron(trial):
     artists = drawn(activity.membranes(trial))
     lines = {gid: artist for gid, artist in artists.items() if " membrane of neuron " in gid}
     for gid, line in lines.items():
@@ -131,7 +131,7 @@ def test_membranes_are_shown_with_their_spikes_of_the_most_to_the_least_active_n
         assert activity.representative(few, activity.ROWS[1], zoom).tolist() == expected
 
 
-def test_zoom_shows_the_neurons_and_times_asked_for(trial):
+def test_zoom_shows_the_given_neurons_and_times(trial):
     zoom = activity.Zoom(neurons=(5, 8), time_range=(30, 130))
     overview = drawn(activity.overview(trial, zoom))
     for name, spikes in trial.spikes.items():
@@ -143,7 +143,7 @@ def test_zoom_shows_the_neurons_and_times_asked_for(trial):
     assert "read_key spikes" in recall and "write_key spikes" not in recall
 
 
-def test_the_logits_of_the_animation_begin_with_the_readout_and_end_as_those_of_the_sample(trial):
+def test_animated_logits_start_with_the_readout_and_end_at_the_final_logits(trial):
     assert trial.readout_ms == 130
     logits = animation.logits_in_time(trial, np.array([0, 130, 131, 160]))
     assert not logits[:2].any()
@@ -165,13 +165,13 @@ def test_animation_shows_the_past_and_hides_the_future(trial, monkeypatch, tmp_p
         assert (gif.n_frames, gif.size, gif.info["loop"]) == (5, frames[0].size, 0)
 
 
-# How it is drawn
+# Layout and files
 
 
 def overlapping(figure) -> list[tuple[str, str]]:
-    """Texts that lie on each other, or leave the page."""
+    """Texts that overlap or leave the page."""
     figure.draw_without_rendering()
-    beyond = set()  # ticks outside the limits of their axis keep a text, which is not drawn
+    beyond = set()  # texts of ticks outside the axis limits are not drawn
     for axis in (axis for axes in figure.findobj(matplotlib.axes.Axes) for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())
         ticks = [tick for tick in axis.get_major_ticks() + axis.get_minor_ticks() if not low <= tick.get_loc() <= high]
@@ -195,17 +195,17 @@ DRAWN = [(activity.overview, sizes) for sizes in (ONE, MANY, SILENT)] + [(activi
 
 
 @pytest.mark.parametrize("draw, sizes", [*DRAWN, (activity.membranes, ONE), (activity.membranes, SILENT)])
-def test_no_text_lies_on_another(draw, sizes):
+def test_texts_do_not_overlap(draw, sizes):
     pairs, classes, neurons, rate = sizes
     trial = make_trial(pairs, classes, neurons, rate=rate)
     zoom = activity.ALL
-    if not rate:  # a silent network, most of what is shown being recall
+    if not rate:  # a silent network, mostly recall
         trial = trial._replace(memories=np.zeros_like(trial.memories), logits=np.zeros(classes))
         zoom = activity.Zoom(time_range=(trial.store_ms - 5, trial.duration_ms))
     assert overlapping(draw(trial, zoom)) == []
 
 
-def test_files_are_the_same_whatever_the_settings_of_the_user_which_stay(tmp_path):
+def test_files_do_not_depend_on_matplotlib_settings_and_leave_them_unchanged(tmp_path):
     settings, trial = dict(matplotlib.rcParams), make_trial(1, 2, 5, 10)
     others = {"font.size": 20, "pdf.fonttype": 3, "figure.dpi": 50, "image.cmap": "jet", "savefig.dpi": 50}
     for kind in files.FORMATS:
@@ -227,8 +227,8 @@ def run(capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
-def test_published_checkpoint_is_drawn_as_recorded(capsys, tmp_path):
-    """The whole way: the numbers saved and printed are those that the network records."""
+def test_saved_and_printed_numbers_agree_with_the_recording_of_the_network(capsys, tmp_path):
+    """Draws a checkpoint of the original implementation."""
     data_file = tmp_path / "data.npz"
     arguments = ("--checkpoint-path", PUBLISHED, "--sequence-length", 3, "--example", 7, "--metrics", "none")
     output = run(capsys, *arguments, "--figure", "memory", "--output", tmp_path / "a.svg", "--save_data", data_file)
@@ -252,7 +252,7 @@ def test_published_checkpoint_is_drawn_as_recorded(capsys, tmp_path):
 
 @pytest.fixture
 def recorded():
-    """A network with another backend, a sample of its own, and what the plain function records."""
+    """A network with backend auto, its trial for a given sample, and the output of the plain function."""
     model = plot.checkpoints.load_model(PUBLISHED)
     generator = torch.Generator().manual_seed(1)
     features, labels = torch.rand(2, 10, generator=generator), torch.tensor([2, 0])
@@ -264,7 +264,7 @@ def recorded():
         return model, trial, plain(features[None], labels[None], query[None], record=True)
 
 
-def test_any_sample_is_recorded_for_the_figures(recorded):
+def test_a_given_sample_is_recorded_for_the_figures(recorded):
     _, trial, output = recorded
     assert np.array_equal(trial.logits, output.logits[0]) and (trial.answer, trial.labels.tolist()) == (0, [2, 0])
     assert np.array_equal(trial.query, np.float32(0.9) * trial.features[1])
@@ -272,7 +272,7 @@ def test_any_sample_is_recorded_for_the_figures(recorded):
     assert (trial.threshold, trial.num_time_steps, trial.readout_steps) == (0.1, 40, 30)
 
 
-def test_the_memory_in_time_is_that_of_the_network(monkeypatch, recorded):
+def test_the_animated_memory_agrees_with_the_network(monkeypatch, recorded):
     monkeypatch.setattr(animation, "FRAMES", 7)  # with 2 pairs of 40 ms: every 20 ms
     model, trial, output = recorded
     memories, after_pairs = animation.memory_in_time(model.dynamics.rule, trial), output.activity["memories"][0].numpy()
@@ -280,7 +280,7 @@ def test_the_memory_in_time_is_that_of_the_network(monkeypatch, recorded):
     assert np.allclose(memories[[2, 4, 5, 6]], after_pairs[[0, 1, 1, 1]], atol=1e-6)
 
 
-def test_two_checkpoints_of_a_folder_keep_their_figures_and_a_seed_chooses_the_sample(capsys, tmp_path):
+def test_checkpoints_in_one_folder_get_separate_figures_and_a_seed_chooses_the_sample(capsys, tmp_path):
     for name in ("a.pth.tar", "b.v2.pth.tar", plot.checkpoints.BEST):
         shutil.copy(PUBLISHED, tmp_path / name)
     samples = []
@@ -293,7 +293,7 @@ def test_two_checkpoints_of_a_folder_keep_their_figures_and_a_seed_chooses_the_s
 
 @pytest.mark.slow
 def test_a_notebooks_matplotlib_backend_is_not_needed(tmp_path):
-    """MPLBACKEND names a module that is not installed here, or that opens windows."""
+    """MPLBACKEND may name a module that is not installed, or that opens windows."""
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     command = [sys.executable, plot.__file__, "--metrics", str(write_run(tmp_path / "a"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -338,7 +338,7 @@ def test_training_curves_show_every_epoch_over_samples(tmp_path):
 
 
 def change(path, numbers=(), **options):
-    """Of a run that `write_run` made; an option that is None is taken from its record."""
+    """Change a run of `write_run`. An option that is None is removed from its record."""
     record = path.with_name("options.yaml")
     options = yaml.safe_load(record.read_text()) | options
     record.write_text(yaml.safe_dump({name: value for name, value in options.items() if value is not None}))
@@ -349,7 +349,7 @@ def read(*places, against=""):
     return plot.read_curves(list(map(str, places)), "metrics", plot.METRICS, against)
 
 
-def test_groups_give_mean_and_range_and_their_own_level_of_chance(tmp_path):
+def test_groups_show_their_mean_and_chance_level(tmp_path):
     for seed in (1, 2, 3):
         write_run(tmp_path / f"s{seed}", epochs=3 + seed, seed=seed)
     write_run(tmp_path / "w", seed=4, num_classes=30)
@@ -358,7 +358,7 @@ def test_groups_give_mean_and_range_and_their_own_level_of_chance(tmp_path):
     figure = curves.training_curves(runs, 1000)
     artists = drawn(figure)
     mean = artists["mean num_classes 10 train_loss"]
-    assert list(mean.get_xdata()) == [1, 2, 3, 4]  # where all of them have values
+    assert list(mean.get_xdata()) == [1, 2, 3, 4]  # the epochs that all three have
     expected = [run.columns["train_loss"][:4] for run in runs if run.num_classes == 10]
     assert np.allclose(mean.get_ydata(), np.mean(expected, axis=0))
     assert all(words in words_of(figure) for words in ("num_classes 10 (3 runs)", "chance, 10, 30 classes"))
@@ -366,7 +366,7 @@ def test_groups_give_mean_and_range_and_their_own_level_of_chance(tmp_path):
     assert overlapping(figure) == []
 
 
-def test_seeds_that_learned_and_those_that_did_not_are_drawn_apart(tmp_path):
+def test_seeds_that_did_not_learn_are_drawn_separately(tmp_path):
     for seed, accuracy in ((1, 90), (2, 94), (3, 10), (4, 55)):  # halfway from 10 % to 100 % is 55 %
         change(write_run(tmp_path / f"s{seed}", seed=seed), {"validation_accuracy": accuracy})
     figure = curves.training_curves(read(tmp_path), 1000)
@@ -376,12 +376,12 @@ def test_seeds_that_learned_and_those_that_did_not_are_drawn_apart(tmp_path):
     assert curves.NOT_LEARNED in words_of(figure)
 
 
-def test_runs_are_averaged_only_where_they_differ_in_nothing_but_the_seed(tmp_path, capsys):
+def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(tmp_path, capsys):
     ways = [{}, {"inf_data": 0}, {"dataset_seed": 7}, {"start_epoch": 3}]
     for n, options in enumerate(ways):
         write_run(tmp_path / str(n), seed=n, **options)
     assert len({run.label for run in read(tmp_path)}) == len(ways)
-    for name in "ab":  # without options nothing is known of them
+    for name in "ab":  # runs without recorded options are not averaged
         write_run(tmp_path / name, seed=ord(name)).with_name("options.yaml").unlink()
     files = [tmp_path / name / "metrics.jsonl" for name in "ab"]
     assert [run.label for run in read(*files)] == [file.as_posix() for file in files]
@@ -391,7 +391,7 @@ def test_runs_are_averaged_only_where_they_differ_in_nothing_but_the_seed(tmp_pa
         assert "the same run" in refused(capsys, "--metrics", *where)
 
 
-def test_a_label_names_what_differs_and_the_group_where_a_seed_is_there_twice():
+def test_labels_name_the_differing_options_and_the_group_if_a_seed_repeats():
     def labels(*options, against=""):
         names = ("a/1", "a/2", "b/1", "b/2")
         runs = [results.Result(name, dict(own), [], [], []) for name, own in zip(names, options, strict=False)]
@@ -423,7 +423,7 @@ def test_a_curriculum_is_marked_where_sequences_get_longer(tmp_path):
     assert marks.get_xdata().tolist() == [1, 2]  # 2, 4, 6, 6, 6 pairs
 
 
-def test_a_sweep_over_an_option_has_a_figure_and_a_table_in_order(tmp_path, capsys):
+def test_a_sweep_over_an_option_gives_a_figure_and_a_table_sorted_by_value(tmp_path, capsys):
     for value, both in {10.0: (10, 11), 0.0: (91, 93), 0.3: (80, 10), 3.0: (95, 97)}.items():
         for seed, accuracy in enumerate(both):
             path = write_run(tmp_path / f"{value}-{seed}", seed=seed)
@@ -440,7 +440,7 @@ def test_a_sweep_over_an_option_has_a_figure_and_a_table_in_order(tmp_path, caps
     assert sorted(artists[" x"].get_ydata()) == [10, 10, 11]
 
 
-def test_runs_behind_links_are_found_once_and_what_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
+def test_linked_runs_are_found_once_and_unreadable_folders_are_named(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "elsewhere")
     (folder := tmp_path / "runs").mkdir()
     write_run(folder / "own", seed=2)
@@ -459,7 +459,7 @@ def test_runs_behind_links_are_found_once_and_what_cannot_be_read_is_named(tmp_p
     assert f"{folder / 'own'}: " in refused(capsys, "--metrics", folder)
 
 
-def test_accuracy_is_shown_against_length_with_chance_and_trained_length(capsys, tmp_path):
+def test_accuracy_by_length_shows_chance_and_the_trained_length(capsys, tmp_path):
     for seed in (1, 2):
         write_run(tmp_path / f"s{seed}", seed=seed)
     runs = plot.read_curves([tmp_path], "tests", ["sequence_length", "accuracy"])
@@ -476,17 +476,17 @@ def test_accuracy_is_shown_against_length_with_chance_and_trained_length(capsys,
     assert artists["chance, 30 classes"].get_ydata() == pytest.approx([100 / 30] * 2)
     assert artists["trained length 10"].get_xdata() == [10, 10]
     assert overlapping(figure) == []
-    for where in ((), ("--output", f"{tmp_path}/new.v2/")):  # beside the input; in a folder that is not there
+    for where in ((), ("--output", f"{tmp_path}/new.v2/")):  # beside the input, then in a new folder
         run(capsys, "--csv", tmp_path, "--metrics", tmp_path, "--format", "svg", *where)
     for folder in (tmp_path, tmp_path / "new.v2"):
         assert {path.name for path in folder.glob("*.svg")} == {"training.svg", "lengths.svg"}
 
 
-# What cannot be drawn
+# Invalid input
 
 
 def refused(capsys, *arguments) -> str:
-    """The one line of a command that must not succeed."""
+    """The one line that a refused command prints."""
     assert plot.main(list(map(str, arguments))) in (1, 2)
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -522,7 +522,7 @@ def test_wrong_options_are_named_before_anything_is_computed(capsys, monkeypatch
 @pytest.mark.parametrize(
     "option, name", [("--metrics", "metrics.jsonl"), ("--csv", "table.csv"), ("--metrics", "folder/x.jsonl")]
 )
-def test_metrics_and_tables_that_cannot_be_used_are_named(capsys, tmp_path, option, name, content):
+def test_unusable_metrics_and_tables_are_named(capsys, tmp_path, option, name, content):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     if content is not None:

@@ -1,4 +1,4 @@
-"""Files that mean harm: none runs anything, takes memory or time, or writes more to the terminal than one printable line."""
+"""Malicious files run no code, take little memory and time, and cause one printable line."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ def published() -> dict:
 
 
 class Call:
-    """Pickles as a call of a function."""
+    """An object that is pickled as a function call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -37,7 +37,7 @@ def test_no_payload_runs(kind, tmp_path, capsys):
     checkpoint = published()
     checkpoint["params"].thr = Call(os.mkdir, str(mark)) if kind == "call" else MARKER
     torch.save(checkpoint, path)
-    if kind == "opcodes":  # BUILD sets an attribute of the one class that may be unpickled, argparse.Namespace, by a call
+    if kind == "opcodes":  # BUILD sets an attribute of argparse.Namespace, the only class allowed, by a call
         opcodes = b"cargparse\nNamespace\n)\x81(dV__class__\ncos\nmkdir\n(V" + str(mark).encode() + b"\ntRsb"
         text = b"X" + len(MARKER).to_bytes(4, "little") + MARKER.encode()
         with zipfile.ZipFile(path) as archive:
@@ -49,7 +49,7 @@ def test_no_payload_runs(kind, tmp_path, capsys):
     assert line == f"error: {path}: refused, it holds more than tensors and plain values"
     assert not mark.exists(), "the payload ran"
     torch.load(path, weights_only=False)
-    assert mark.exists(), "harmless: a test of it cannot fail"
+    assert mark.exists(), "the payload is harmless, so this test cannot fail"
 
 
 # Sizes
@@ -57,7 +57,7 @@ def test_no_payload_runs(kind, tmp_path, capsys):
 
 @contextlib.contextmanager
 def little_room(more: int = 2**29, seconds: float = 2.0):
-    """This process may take no more memory than it has and `more` bytes, and no more than `seconds` of its processor."""
+    """Allow this process `more` bytes of additional memory and `seconds` of processor time."""
     limits, start = resource.getrlimit(resource.RLIMIT_AS), time.process_time()
     now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (now + more, limits[1]))
@@ -69,14 +69,14 @@ def little_room(more: int = 2**29, seconds: float = 2.0):
 
 
 def nest(first="lol", levels: int = 40) -> list:
-    """Small in a file, where its parts are shared; written out it has 9 to the power of `levels` of them."""
+    """A list that is small in a file, where its parts are shared, but has 9 ** `levels` elements in full."""
     for _ in range(levels):
         first = [first] * 9
     return first
 
 
 def huge(*shape: int) -> torch.Tensor:
-    """One number in the file."""
+    """A tensor that is stored as one number."""
     return torch.zeros(1).expand(shape)
 
 
@@ -86,7 +86,7 @@ HUGE_WEIGHTS = {
     "output_layer.weight": huge(3, 10**6),
 }
 OTHERS = "holds other elements than the file"
-HARMFUL = [  # what is changed in the file, and what is said
+HARMFUL = [  # changes to the file, and the error message
     ({"params": {"memory_size": 10**6}}, "does not fit the network"),
     ({"params": {"memory_size": 10**12}}, "memory_size must be at most"),
     ({"params": {"memory_size": 10**6}, "state_dict": HUGE_WEIGHTS}, f"state_dict: writing_layer.W {OTHERS}"),
@@ -109,7 +109,7 @@ HARMFUL = [  # what is changed in the file, and what is said
 
 
 @pytest.mark.parametrize(("changes", "message"), HARMFUL, ids=range(len(HARMFUL)))
-def test_a_harmful_file_is_refused_at_once_and_without_memory(changes, message, tmp_path, capsys):
+def test_a_malicious_file_is_refused_fast_and_with_little_memory(changes, message, tmp_path, capsys):
     path, content = tmp_path / "file.pth.tar", published()
     for name, change in changes.items():
         part = {"params": vars(content["params"]), "state_dict": content["state_dict"]}.get(name)
@@ -126,7 +126,7 @@ def test_a_harmful_file_is_refused_at_once_and_without_memory(changes, message, 
 
 @pytest.mark.parametrize("part", ["step", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [nest(), huge(10**6, 10**6), -1.0, "\x1b[31m"], ids=range(4))
-def test_what_is_no_state_of_adam_is_left_out_without_memory(part, value, tmp_path):
+def test_an_invalid_adam_state_is_ignored_with_little_memory(part, value, tmp_path):
     content = published()
     content["optimizer"]["state"][0][part] = value
     torch.save(content, tmp_path / "file.pth.tar")
@@ -134,7 +134,7 @@ def test_what_is_no_state_of_adam_is_left_out_without_memory(part, value, tmp_pa
         assert checkpoints.load(tmp_path / "file.pth.tar")["optimizer"] is None
 
 
-def test_means_of_one_number_are_spread_out_before_adam_writes_into_them(tmp_path):
+def test_expanded_adam_moments_are_copied_so_that_adam_can_write_to_them(tmp_path):
     content = published()
     state = content["optimizer"]["state"][0]
     state["exp_avg"] = huge(*state["exp_avg"].shape)

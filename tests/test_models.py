@@ -45,7 +45,7 @@ def test_soft_reset_subtracts_the_threshold_and_hard_reset_starts_from_zero():
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_neuron_is_silent_while_refractory_and_its_membrane_goes_on(steps):
+def test_a_neuron_is_silent_while_refractory_and_its_membrane_keeps_integrating(steps):
     spikes, membrane = run([100.0] * 12, refractory_time_steps=steps)
     assert spikes == [int(t % (steps + 1) == 0) for t in range(12)]
     assert all(later > earlier for earlier, later in itertools.pairwise(membrane))
@@ -60,7 +60,7 @@ def test_surrogate_derivative_is_a_triangle_masked_by_refractoriness():
     assert gradient.tolist() == [0, 0.25, 0.5, 0.375, 0, 0]
 
 
-def test_the_hebbian_update_of_one_weight():
+def test_the_hebbian_update_follows_its_equation():
     rule = HebbianRule(w_max=0.7, gamma_pos=0.5, gamma_neg=0.2, tau_trace=5.0)
     nu = rule.update_trace(torch.tensor([[0.0, 0.4]]), torch.tensor([[1.0, 0.0]]))
     beta = math.exp(-1 / 5)
@@ -70,7 +70,7 @@ def test_the_hebbian_update_of_one_weight():
     assert updated.item() == pytest.approx(0.3 + 0.5 * (0.7 - 0.3) * 0.6 * 0.9 - 0.2 * 0.9**2 * 0.3)
 
 
-def test_silent_populations_are_those_with_a_mean_rate_below_a_hundredth_of_a_hertz():
+def test_populations_with_a_mean_rate_below_a_hundredth_of_a_hertz_are_silent():
     rates = {
         "one neuron fires": torch.tensor([[0.0, 0.0], [0.0, 1.0]]),
         "just silent": 0.0099,
@@ -81,7 +81,7 @@ def test_silent_populations_are_those_with_a_mean_rate_below_a_hundredth_of_a_he
     assert models.silent_populations(rates) == ["just silent", "none"]
 
 
-def test_rate_regularization_is_of_mean_rates():
+def test_rate_regularization_uses_mean_rates():
     rates = {name: torch.full((3,), 5.0) for name in models.POPULATIONS}
     rates["read_key"] = torch.tensor([10.0, 20.0, 10.0])
     expected = 6 * (5 - 10) ** 2 + ((10 - 10) ** 2 + (20 - 10) ** 2 + (10 - 10) ** 2) / 3
@@ -91,7 +91,7 @@ def test_rate_regularization_is_of_mean_rates():
 
 
 def test_training_never_keeps_a_memory_for_every_step():
-    """Automatic differentiation alone would: 400 steps of a 100 x 100 matrix, several times over."""
+    """Plain automatic differentiation would keep a 100 x 100 matrix for each of 400 steps, several times."""
     model = models.build_model({"num_time_steps": 40}, "reference")
     kept = set()
 
@@ -111,7 +111,7 @@ def test_recomputation_does_not_change_gradients(monkeypatch, steps):
     golden.check(golden.load("small_defaults"), "reference")
 
 
-def test_the_whole_record_of_a_run_describes_its_network():
+def test_a_network_can_be_built_from_all_options_of_a_run():
     parser = Parser("")
     task.add_options(parser)
     record = vars(parser.complete())
@@ -136,12 +136,12 @@ def test_the_whole_record_of_a_run_describes_its_network():
         ({}, {"backend": 3}, "or a function, not 3"),
     ],
 )
-def test_what_describes_no_network_is_refused(params, parts, message):
+def test_invalid_network_options_are_refused(params, parts, message):
     with pytest.raises(ValueError, match=message):
         models.build_model(params, **parts)
 
 
-def test_every_program_says_in_one_line_that_pytorch_is_too_old():
+def test_every_program_refuses_an_old_pytorch_in_one_line():
     root = Path(__file__).parents[1]
     programs = [str(path) for folder in (".", "experiments", "benchmarks", "examples") for path in (root / folder).glob("*.py")]
     script = f"""import runpy, sys, torch

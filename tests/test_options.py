@@ -20,7 +20,7 @@ PUBLISHED = str(golden.PUBLISHED)
 
 @pytest.fixture(autouse=True)
 def stop_after_the_options(monkeypatch, tmp_path):
-    """Nothing is trained or drawn: what is valid ends with 0, or with 1 where a checkpoint would be read."""
+    """Nothing is trained or drawn: valid options end with 0, or with 1 if a checkpoint would be read."""
 
     def stop(*_, **__):
         raise UserError("stopped by the test")
@@ -60,7 +60,7 @@ def parser_of(script=task) -> Parser:
 
 
 def table_of(script=task) -> dict:
-    """Option -> its action; without those that are removed and --help."""
+    """The action of each option, without removed options and --help."""
     return {a.dest: a for a in parser_of(script)._actions if a.dest not in (*REMOVED, "config", "help")}
 
 
@@ -83,7 +83,7 @@ PUBLISHED_DEFAULTS = """{
 NOT_RECORDED = set("resume check_params evaluate world_size rank dist_url dist_backend gpu multiprocessing_distributed".split())
 
 
-def test_every_published_option_has_its_default_and_both_spellings(capsys):
+def test_every_option_of_the_original_implementation_has_its_default_and_both_spellings(capsys):
     table = table_of()
     for name, default in yaml.safe_load(PUBLISHED_DEFAULTS).items():
         assert table[name].default == default and type(table[name].default) is type(default)
@@ -108,7 +108,7 @@ def test_flags_override_yaml_and_a_later_file_an_earlier_one(capsys, tmp_path):
     assert options["perfect_reset"] is False
 
 
-def test_printed_options_are_what_config_reads(capsys, tmp_path):
+def test_config_reads_printed_options(capsys, tmp_path):
     words = ["--resume", "auto", "--output_dir", str(tmp_path), "--l2", "1e-4", "--seed", "7", "--print_options"]
     assert task.main(words) == 0
     printed = capsys.readouterr().out
@@ -129,14 +129,14 @@ def test_printed_options_are_what_config_reads(capsys, tmp_path):
         ("--sequence_length 2-4,7", {"sequence_length": (2, 3, 4, 7)}),
         ("--seed none", {"seed": None}),
         ("--output_dir=~/x", {"output_dir": os.path.expanduser("~/x")}),
-        ("--network hebbian_snn --mixed-lengths=0", {}),  # removed, and without effect
+        ("--network hebbian_snn --mixed-lengths=0", {}),  # removed options at values without effect
     ],
 )
-def test_words_of_the_command_line(words, values):
+def test_words_of_the_command_line_give_these_values(words, values):
     assert given(*words.split()) == values
 
 
-def test_yaml_values_are_the_words_of_the_command_line(tmp_path):
+def test_yaml_values_are_read_like_words_of_the_command_line(tmp_path):
     (tmp_path / "a.yaml").write_text(
         "seed: 010\nsequence_length: [2-4, 7]\noutput_dir:\nmemory_size: &size 20\nembedding-size: *size\n"
         "network: hebbian_snn\n<<: {seed: 1, l2: 2}\n"
@@ -179,7 +179,7 @@ def test_impossible_command_lines_are_refused(arguments, names):
     assert status == 2 and names in error
 
 
-# 9 to the power of 25 words, which no program unfolds.
+# Expanded, this has 9 to the power of 25 words.
 BOMB = "a: &a0 [lol]\n" + "".join(f"b{n}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(25))
 
 
@@ -224,7 +224,7 @@ def test_a_wrong_value_of_any_option_is_named_on_the_command_line_and_in_a_file(
 
 @hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
 @hypothesis.given(draws=st.data())
-def test_any_command_line_and_any_yaml_file_ends_well_or_in_one_line(draws):
+def test_any_command_line_or_yaml_file_succeeds_or_fails_in_one_line(draws):
     option = st.sampled_from(sorted(table_of()))
     scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates())
     word = st.one_of(option.map(lambda name: f"--{name}"), st.text(max_size=8), st.integers().map(str), st.floats().map(repr))

@@ -38,7 +38,7 @@ COMMANDS = {
 
 @pytest.fixture(autouse=True)
 def built(tmp_path, monkeypatch):
-    """A module in the folder where the scripts are started, and the networks that they build."""
+    """Write the module `mine` where the scripts start. Returns the list of networks that they build."""
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -66,14 +66,14 @@ def test_a_run_with_an_own_neuron_and_rule_is_resumed_tested_and_drawn(command, 
 
     sys.modules.pop("mine")
     assert f"give {' '.join(OWN)} again" in refuse(capsys, *words, status=2, main=main)
-    assert "mine" not in sys.modules  # the checkpoint names the module, and that is not enough to import it
+    assert "mine" not in sys.modules  # a module is not imported because a checkpoint names it
     other = ["--neuron", "mine:slow", *OWN[2:]]
     assert "neuron mine:slow (checkpoint: mine:Slow)" in refuse(capsys, *words, *other, status=2, main=main)
     assert main([*words, *OWN]) == 0
     assert checkpoints.described(built[-1].dynamics) == checkpoints.described(dynamics)
 
 
-def test_an_object_brings_its_constants(capsys):
+def test_options_take_the_constants_of_a_given_neuron_object(capsys):
     assert task.main([*TINY, "--neuron", "mine:slow", "--print_options"]) == 0
     assert "tau_mem: 7.0" in capsys.readouterr().out
 
@@ -89,11 +89,11 @@ def test_an_object_brings_its_constants(capsys):
         ("--neuron mine:slow --tau_mem 5", 2, "tau_mem 5.0: the neuron that is given has 7.0"),
     ],
 )
-def test_what_cannot_be_used_is_named(capsys, words, status, said):
+def test_an_unusable_neuron_or_rule_is_named(capsys, words, status, said):
     assert said in refuse(capsys, *TINY, *words.split(), "--output_dir", "run", status=status)
 
 
-def test_another_network_is_not_taken_for_one_with_an_own_neuron(tmp_path, capsys):
+def test_a_neuron_that_differs_from_the_checkpoint_is_refused(tmp_path, capsys):
     assert run() == 0
     tested = ["--resume", "run", "--evaluate", "--neuron", "mine:Slow"]
     assert "options differ: neuron mine:Slow (checkpoint: )" in refuse(capsys, *tested, status=2)

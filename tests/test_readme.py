@@ -1,4 +1,4 @@
-"""The numbers in the READMEs are those of the runs that are kept."""
+"""The numbers in the READMEs agree with the kept runs."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from utils.results import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 FRONT, PAGE = ROOT / "README.md", ROOT / "experiments" / "README.md"
-# What nothing that is kept can give: the cost of runs to do, and numbers of the rule by which a run is silent.
+# Numbers that kept runs cannot give: the cost of future runs, and the definition of a silent run.
 GIVEN = [
     "0.9 core-hours a seed",
     "three seeds: 2.7",
@@ -30,20 +30,20 @@ def kept():
 
 
 @pytest.mark.parametrize("path", readme.FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_comes_from_the_runs_is_up_to_date(path, kept):
+def test_generated_parts_of_the_readmes_are_up_to_date(path, kept):
     text = path.read_text(encoding="utf-8")
-    assert readme.fill(text, kept) == text, "python -m experiments.readme writes it anew"
+    assert readme.fill(text, kept) == text, "run python -m experiments.readme"
 
 
-def test_all_that_is_made_is_shown_and_an_unknown_name_is_refused(kept):
+def test_every_generated_part_is_used_and_an_unknown_name_is_refused(kept):
     names = {name for path in readme.FILES for name in readme.BLOCK.findall(path.read_text(encoding="utf-8"))}
     assert names == set(readme.FROM_RUNS)
     with pytest.raises(UserError, match="no 'resluts'"):
         readme.fill("<!-- resluts --><!-- end -->", kept)
 
 
-def test_every_number_of_the_text_is_computed_from_the_runs(kept):
-    """Each phrase is there, and beside them no other decimal number, percentage or number of points."""
+def test_every_number_in_the_text_is_computed_from_the_runs(kept):
+    """The text contains each phrase and, outside the phrases, no decimal number, percentage or number of points."""
     for path, phrases in {
         FRONT: front_page(kept),
         PAGE: [*GIVEN, *of_seeds(kept), *of_training(kept), *of_recall(kept)],
@@ -57,7 +57,7 @@ def test_every_number_of_the_text_is_computed_from_the_runs(kept):
 
 
 def written_by_hand(path: Path) -> str:
-    """The results on a page in one line, without what comes from the runs, commands, options and addresses."""
+    """The results on a page, in one line, without generated parts, commands, options and links."""
     text = path.read_text(encoding="utf-8")
     if path == FRONT:
         text = text.partition("## Results\n")[2].partition("\n## ")[0]
@@ -68,7 +68,7 @@ def written_by_hand(path: Path) -> str:
 
 def test_numbers_become_words():
     assert (readme.several([]), readme.several([92.35]), readme.several([1.0, 2.0, 3.0])) == ("", "92.35 (1)", "2.0 ± 1.0 (3)")
-    assert readme.difference([1.0, 2.0, 3.0], [2.0, 2.5, 3.0]) == "none"  # 0.5, of an error of 0.645
+    assert readme.difference([1.0, 2.0, 3.0], [2.0, 2.5, 3.0]) == "none"  # 0.5, with an error of 0.645
     assert (
         readme.difference([1.0, 2.0, 3.0], [5.0, 5.0]) == "+3.00 ± 0.58" and readme.difference([1.0], [2.0, 3.0]) == "one seed"
     )
@@ -81,7 +81,7 @@ def test_numbers_become_words():
     assert readme.error_of_share(90, 100) == pytest.approx(3)
 
 
-def test_silence_spikes_and_later_pairs_are_counted_as_by_hand(kept):
+def test_silence_spikes_and_later_pairs_agree_with_a_count_by_hand(kept):
     rates = dict.fromkeys([*readme.STORING, *readme.RECALLING], 10.0)
     quiet = [{"epoch": epoch, "read_value": rate} for epoch, rate in ((1, 5.0), (2, 0.0099), (3, 0.01), (4, 0.0))]
     run = Result("a/b", {"sequence_length": 3}, [], [*quiet, rates], [])
@@ -93,7 +93,7 @@ def test_silence_spikes_and_later_pairs_are_counted_as_by_hand(kept):
         ("1", "10", "70.0"),
         ("2", "10", "90.0"),
         ("3", "10", "100.0"),
-    ]  # 3 errors with 2 of 2 others later, 1 with 1 of 2
+    ]  # in 3 errors both other pairs are later, in 1 one of them
     kept.analysis = {
         "position": [dict(zip(("network", "position", "samples", "accuracy"), ("n", *p), strict=True)) for p in places]
     }

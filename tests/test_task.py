@@ -1,4 +1,4 @@
-"""The task script: the training itself, exact continuation, what is evaluated, what a run's record says, what is refused."""
+"""The task script: training, exact resuming, evaluation, the record of a run, and refused options."""
 
 import contextlib
 import copy
@@ -28,11 +28,11 @@ from utils import checkpoints, distributed, run
 from utils.metrics import EpochMetrics, read_metrics
 from utils.options import Parser
 
-# Small, and alive: the reading values of this seed fire, so that there are gradients.
+# A small network. With this seed the reading values fire, so there are gradients.
 TINY = """--sequence_length 2 --num_classes 3 --num_time_steps 50 --embedding_size 20 --memory_size 20 --batch_size 128 --seed 4
     --device cpu --workers 0""".split()
 RUN_OF_V03 = Path(__file__).with_name("run_of_v0.3")
-SAMPLES = 300  # an epoch, in place of 9,000: 3 batches, the last one smaller
+SAMPLES = 300  # per epoch, instead of 9,000: 3 batches, the last one smaller
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +65,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Training without computation: `steps` and `splits` that the loop asks for; `rate` and `validation` are to be set."""
+    """Training without computation: records `steps` and `splits` of the loop; tests set `rate` and `validation`."""
     seen = SimpleNamespace(rate=5.0, validation={}, steps=[], splits=[])
     evaluation_set = data.evaluation_set
 
@@ -90,11 +90,11 @@ def stub(monkeypatch):
     return seen
 
 
-# The training
+# Training
 
 
 class ByHand:
-    """Training written again in plain PyTorch: cross entropy, rate regularization, clipping that acts, Adam."""
+    """Training in plain PyTorch: cross entropy, rate regularization, clipping in every step, Adam."""
 
     def __init__(self, model, max_grad_norm: float, target_rate: float = 0.0):
         self.model, self.max_grad_norm, self.target_rate, self.steps = copy.deepcopy(model), max_grad_norm, target_rate, 0
@@ -121,12 +121,12 @@ class ByHand:
         return sums | {name: len(batch) * rates.mean() for name, rates in output.rates.items()}
 
     def assert_same_weights(self, weights, tolerance: float) -> None:
-        """Of steps of 0.01."""
+        """`tolerance` is absolute; a step changes a weight by about 0.01."""
         for weight, other in zip(weights, self.model.parameters(), strict=True):
             assert (weight - other).abs().max() < tolerance
 
 
-def test_two_training_steps_are_those_of_the_equations():
+def test_two_training_steps_agree_with_the_equations():
     torch.manual_seed(4)
     model = models.build_model(options("--num_time_steps", 30), "reference").double()
     optimizer, by_hand = torch.optim.Adam(model.parameters(), lr=0.01), ByHand(model, 0.05, target_rate=3)
@@ -140,8 +140,8 @@ def test_two_training_steps_are_those_of_the_equations():
     by_hand.assert_same_weights(model.parameters(), 1e-6)  # clipping adds 1e-6 to the norm
 
 
-def test_two_epochs_of_the_script_are_two_steps_of_the_equations(tmp_path):
-    """One step an epoch; the second with the regularization, and with the learning rate and the regularization that fell."""
+def test_two_epochs_of_the_script_agree_with_the_equations(tmp_path):
+    """Each epoch has one step. In the second, regularization is on, and learning rate and regularization have decayed."""
     words = "--num_time_steps 30 --max_grad_norm 0.05 --batch_size 300 --backend reference --learning_rate 0.02 --l2 0.01"
     words = [*words.split(), *"--learning_rate_decay 0.5 --l2_decay 0.25 --decay_learning_rate_every 1".split()]
     assert train(tmp_path, *words, epochs=2) == 0
@@ -152,17 +152,17 @@ def test_two_epochs_of_the_script_are_two_steps_of_the_equations(tmp_path):
     by_hand.assert_same_weights(checkpoints.load(tmp_path / checkpoints.LAST)["state_dict"].values(), 1e-5)
 
 
-def test_the_loop_takes_every_sample_once_and_weighs_the_last_smaller_batch(stub, tmp_path):
+def test_an_epoch_uses_every_sample_once_and_weights_batches_by_size(stub, tmp_path):
     assert train(tmp_path, epochs=2) == 0
     assert [step["batch_size"] for step in stub.steps] == 2 * [128, 128, 44]
     first, second = history(tmp_path)
-    assert first["train_loss"] == pytest.approx((2 * 128**2 + 44**2) / SAMPLES)  # the stub's loss is the size of the batch
+    assert first["train_loss"] == pytest.approx((2 * 128**2 + 44**2) / SAMPLES)  # the stub's loss is the batch size
     assert first["train_accuracy"] == 50
     assert (first["rate_regularization"], first["read_value"]) == (7, 5)
     assert first | {"epoch": 2} == second
 
 
-def test_learning_rate_and_strength_of_the_regularization_in_every_epoch(stub, tmp_path):
+def test_learning_rate_and_l2_decay_as_given(stub, tmp_path):
     words = "--learning_rate 0.8 --learning_rate_decay 0.5 --decay_learning_rate_every 2 --l2 8 --l2_decay 0.25".split()
     assert train(tmp_path, *words, epochs=5) == 0
     assert [step["l2"] for step in stub.steps[::3]] == [0, 8, 2, 2, 0.5]
@@ -171,7 +171,7 @@ def test_learning_rate_and_strength_of_the_regularization_in_every_epoch(stub, t
 
 
 @pytest.mark.parametrize("fresh", [1, 0])
-def test_fresh_samples_every_epoch_or_one_set_in_a_new_order(fresh, stub, tmp_path):
+def test_epochs_draw_new_samples_or_reorder_a_fixed_set(fresh, stub, tmp_path):
     assert train(tmp_path, "--inf_data", fresh, epochs=2) == 0
     first, second = (torch.cat([step["batch"].query for step in of_epoch]) for of_epoch in (stub.steps[:3], stub.steps[3:]))
     assert not torch.equal(first, second)
@@ -185,7 +185,7 @@ def test_epochs_have_the_lengths_of_the_curriculum(stub, tmp_path):
     assert [step["batch"].labels.shape[1] for step in stub.steps] == [1, 1, 1, 3, 3, 3, 5, 5, 5, 5, 5, 5]
 
 
-def test_the_best_network_is_the_most_accurate_on_validation_data_alone(stub, tmp_path):
+def test_only_validation_accuracy_selects_the_best_network(stub, tmp_path):
     stub.validation = dict(enumerate([(2.0, 50.0), (0.1, 40.0), (3.0, 60.0), (0.5, 60.0)]))  # loss and accuracy disagree
     assert train(tmp_path, epochs=4) == 0
     best, last = (checkpoints.load(tmp_path / name) for name in (checkpoints.BEST, checkpoints.LAST))
@@ -193,7 +193,7 @@ def test_the_best_network_is_the_most_accurate_on_validation_data_alone(stub, tm
     assert set(stub.splits) == {"validation"}
 
 
-def test_a_set_that_the_batch_does_not_divide_is_evaluated_whole_and_ties_are_shared():
+def test_evaluation_includes_a_smaller_last_batch_and_shares_ties():
     samples = data.evaluation_set("validation", 2, 3, 5, 42)[:31]
     logits = samples.features[:, 0, :3].clone()
     logits[:9] = 0  # all three labels tie
@@ -213,7 +213,7 @@ def test_a_set_that_the_batch_does_not_divide_is_evaluated_whole_and_ties_are_sh
     assert tested["ties"] == pytest.approx(100 * 11 / 31)
 
 
-def test_initial_weights_have_their_published_ranges(stub, tmp_path, monkeypatch):
+def test_initial_weights_have_the_ranges_of_the_original_implementation(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "train_step", lambda *_, **__: exit())
     with contextlib.suppress(SystemExit):
         train(tmp_path, "--embedding_size", 80, "--memory_size", 100)
@@ -233,7 +233,7 @@ def test_a_tiny_network_learns_two_pairs(tmp_path, monkeypatch):
     assert history(tmp_path)[-1]["validation_accuracy"] > 90  # seeds 1 to 3: 95 to 97
 
 
-# Exact continuation
+# Exact resuming
 
 
 def test_a_run_folder_holds_options_checkpoints_and_metrics(undisturbed):
@@ -247,19 +247,19 @@ def test_a_run_folder_holds_options_checkpoints_and_metrics(undisturbed):
     }
 
 
-def test_options_of_a_run_repeat_it_whatever_the_number_of_workers(undisturbed, tmp_path):
+def test_recorded_options_repeat_a_run_with_any_number_of_workers(undisturbed, tmp_path):
     words = ["--config", undisturbed / "options.yaml", "--output_dir", tmp_path, "--workers", 2]
     assert task.main([str(word) for word in words]) == 0
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_run_of_an_earlier_release_continues(tmp_path, capsys):
-    """v0.3 interrupted it inside its second epoch; whole.jsonl is what v0.3 made of it. Removed options are at defaults."""
+def test_a_run_of_an_earlier_release_resumes(tmp_path, capsys):
+    """v0.3 was interrupted in its second epoch; v0.3 also wrote whole.jsonl. Removed options are at their defaults."""
     shutil.copytree(RUN_OF_V03, tmp_path / "run")
     assert task.main(["--resume", "auto", "--output_dir", str(tmp_path / "run")]) == 0
     expected = read_metrics(RUN_OF_V03 / "whole.jsonl")
     for ours, theirs in zip(history(tmp_path / "run"), expected, strict=True):
-        assert ours == pytest.approx(theirs | {"seconds": None}, rel=1e-3)  # another CPU may flip a spike
+        assert ours == pytest.approx(theirs | {"seconds": None}, rel=1e-3)  # on another CPU, rounding may flip a spike
     assert task.main(["--resume", str(tmp_path / "run"), "--evaluate"]) == 0
     again = ["--config", str(RUN_OF_V03 / "options.yaml"), "--epochs", "1", "--output_dir", str(tmp_path / "again")]
     assert task.main(again) == 0
@@ -285,18 +285,18 @@ def test_resuming_continues_exactly(undisturbed, tmp_path, monkeypatch, capsys):
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_training_in_a_thread(tmp_path, stub):
-    """As agents in notebooks do; Python gives signals to the main thread alone."""
+def test_a_run_trains_in_a_thread(tmp_path, stub):
+    """Python allows signal handlers only in the main thread."""
     with ThreadPoolExecutor() as threads:
         assert threads.submit(train, tmp_path, epochs=1).result() == 0
 
 
-def test_a_run_without_standard_error(tmp_path, stub, monkeypatch):
+def test_a_run_trains_without_standard_error(tmp_path, stub, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     assert train(tmp_path, "--resume", "auto", epochs=1) == 0
 
 
-def test_a_signal_during_the_last_validation_ends_a_finished_run_well(tmp_path, stub, monkeypatch):
+def test_a_run_signalled_during_its_last_validation_exits_with_0(tmp_path, stub, monkeypatch):
     evaluate = task.evaluate
     monkeypatch.setattr(task, "evaluate", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*given))
     assert train(tmp_path, epochs=1) == 0
@@ -310,8 +310,8 @@ def test_curriculum_and_fixed_data_resume_exactly(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_sums_of_an_epoch_resumed_on_two_processes_count_the_part_before_once(monkeypatch):
-    """As if each of two processes took half of every later batch."""
+def test_an_epoch_resumed_on_two_processes_counts_earlier_samples_once(monkeypatch):
+    """Each of the two processes takes half of the later batch."""
     whole = EpochMetrics(torch.device("cpu"), {})
     whole.add(4, {"train_loss": torch.tensor(8.0), "train_accuracy": torch.tensor(4)})
     running = whole.totals()
@@ -340,12 +340,12 @@ def evaluate(capsys, *arguments):
 
 
 @pytest.mark.parametrize(("length", "accuracy"), [(2, 34.0), (3, 35.55)])
-def test_published_checkpoint_evaluates(capsys, length, accuracy):
+def test_a_checkpoint_of_the_original_implementation_has_its_accuracy(capsys, length, accuracy):
     found = evaluate(capsys, "--resume", PUBLISHED, "--sequence_length", length, "--device", "cpu")
     assert abs(found - accuracy) <= 0.2  # rounding may flip a spike of a few samples
 
 
-def test_published_checkpoint_resumes_and_keeps_its_best_accuracy(capsys, tmp_path, stub):
+def test_a_checkpoint_of_the_original_implementation_resumes_and_keeps_its_best_accuracy(capsys, tmp_path, stub):
     stub.validation = {2: (1.0, 0.1)}
     assert task.main(["--resume", str(PUBLISHED), "--epochs", "3", "--output_dir", str(tmp_path)]) == 0
     assert "in epoch 3 after 0 samples" in capsys.readouterr().out
@@ -356,7 +356,7 @@ def test_published_checkpoint_resumes_and_keeps_its_best_accuracy(capsys, tmp_pa
     assert steps == {2 * 18}
 
 
-def test_a_table_of_the_best_network_of_a_run_stands_beside_it_or_where_it_is_asked_for(undisturbed, tmp_path, capsys):
+def test_evaluating_a_run_writes_a_table_beside_its_best_network_or_to_output_dir(undisturbed, tmp_path, capsys):
     words = ["--resume", undisturbed, "--sequence_length", "1-2,3"]
     evaluate(capsys, *words)
     table = (undisturbed / "model_best.accuracy_by_length.csv").read_text()
@@ -366,10 +366,10 @@ def test_a_table_of_the_best_network_of_a_run_stands_beside_it_or_where_it_is_as
     evaluate(capsys, *words, "--output_dir", tmp_path / "new")
     assert (tmp_path / "new" / "accuracy_by_length.csv").read_text() == table
     words = ["--resume", undisturbed, "--evaluate", "--output_dir", tmp_path / "new" / "accuracy_by_length.csv"]
-    assert "cannot be written" in refuse(capsys, *words)  # and the result is printed all the same
+    assert "cannot be written" in refuse(capsys, *words)
 
 
-def test_a_network_that_diverges_names_the_constants(tmp_path, capsys):
+def test_a_diverging_network_is_reported_with_its_constants(tmp_path, capsys):
     line = refuse(capsys, *TINY, "--gamma_pos", 1000, "--output_dir", tmp_path)
     assert "epoch 1, step 1: not finite: " in line and "--gamma_pos 1000" in line
     line = refuse(capsys, "--resume", tmp_path, "--evaluate")
@@ -390,7 +390,7 @@ def test_silence_is_reported_when_it_begins_and_when_it_ends(tmp_path, capsys, s
     assert "; --curriculum_start 2 avoids it" in capsys.readouterr().out
 
 
-def test_options_of_the_run_come_from_its_checkpoint(tmp_path, stub):
+def test_a_resumed_run_takes_its_options_from_its_checkpoint(tmp_path, stub):
     assert train(tmp_path, "--backend", "reference", epochs=1) == 0
     assert task.main(["--resume", str(tmp_path), "--epochs", "2"]) == 0
     record = yaml.safe_load((tmp_path / "options.yaml").read_text())
@@ -398,7 +398,7 @@ def test_options_of_the_run_come_from_its_checkpoint(tmp_path, stub):
     assert not record.keys() & {"world_size", "rank", "dist_url", "gpu", "resume", "output_dir"}
 
 
-def test_a_backend_of_the_checkpoint_that_is_not_here_gives_way(tmp_path, stub, capsys):
+def test_an_unavailable_backend_of_the_checkpoint_is_replaced(tmp_path, stub, capsys):
     assert train(tmp_path, epochs=1) == 0
     path = tmp_path / checkpoints.LAST
     checkpoint = checkpoints.load(path)
@@ -420,7 +420,7 @@ def test_the_record_says_what_changed_and_when(tmp_path, stub, capsys):
     assert re.match(r"# resumed .* in epoch 3 after 0 samples: .*learning_rate 0\.01 [(]checkpoint: 0\.003[)]", resumed)
 
 
-def test_a_finished_run_says_so_and_keeps_its_record(undisturbed, capsys):
+def test_resuming_a_finished_run_says_so_and_changes_no_file(undisturbed, capsys):
     before = {path: path.read_bytes() for path in undisturbed.iterdir()}
     assert train(undisturbed, "--resume", "auto", epochs=2) == 0
     assert "already trained for 3 epochs; increase --epochs to continue" in capsys.readouterr().out
@@ -428,7 +428,7 @@ def test_a_finished_run_says_so_and_keeps_its_record(undisturbed, capsys):
 
 
 @pytest.mark.parametrize("words", ["--seed 5", "--start_epoch 1", "--dataset_seed 1", "--thr 0.2", "--memory_size 30"])
-def test_what_a_resume_cannot_change_is_refused(undisturbed, capsys, words):
+def test_options_that_resuming_cannot_change_are_refused(undisturbed, capsys, words):
     name, value = words.split()
     line = refuse(capsys, "--resume", undisturbed, "--epochs", 5, name, value, status=2)
     assert f"{name[2:]} {value} (checkpoint: " in line
@@ -440,7 +440,7 @@ def test_differing_model_options_can_be_forced(undisturbed, capsys):
     assert "does not fit the network" in refuse(capsys, *words, "--memory_size", 30)
 
 
-def test_runs_of_the_same_second_have_a_folder_each(tmp_path, stub, monkeypatch):
+def test_runs_started_in_the_same_second_get_separate_folders(tmp_path, stub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run.time, "strftime", lambda *_: "now")
     for _ in range(2):
@@ -460,16 +460,16 @@ def test_runs_of_the_same_second_have_a_folder_each(tmp_path, stub, monkeypatch)
         ("--logging", "pip install tensorboard"),
     ],
 )
-def test_what_is_missing_is_named(capsys, tmp_path, monkeypatch, arguments, names):
+def test_a_missing_checkpoint_device_or_package_is_named(capsys, tmp_path, monkeypatch, arguments, names):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert names in refuse(capsys, *arguments.split())
 
 
-@pytest.mark.parametrize("reader", ["that goes", "of a full disk"])
-def test_training_outlives_its_output(tmp_path, reader):
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_training_continues_if_its_output_cannot_be_written(tmp_path, output):
     command = [sys.executable, task.__file__, *TINY, *"--num_time_steps 4 --epochs 2 --output_dir".split(), str(tmp_path)]
-    if reader == "that goes":
+    if output == "closed pipe":
         read, write = os.pipe()
         os.close(read)
     else:

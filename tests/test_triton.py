@@ -1,7 +1,7 @@
 """The Triton backend agrees with the plain function.
 
-On a GPU the kernels run there. Without one, `test_on_the_interpreter` runs the same tests in Triton's interpreter (in a process
-of its own, as Triton decides when it is imported), and another test compiles the kernels for an H100.
+With a GPU, the kernels run on it. Without a GPU, `test_kernels_pass_in_the_interpreter` runs the same tests in Triton's
+interpreter (in another process, since Triton chooses it when imported), and another test compiles for an H100.
 """
 
 import os
@@ -30,7 +30,7 @@ from models.plasticity import HebbianRule
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU: test_on_the_interpreter runs it")
+runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU: runs in the interpreter instead")
 slow_if_interpreted = pytest.mark.slow if INTERPRETED else pytest.mark.skipif(False, reason="")  # 5 to 10 s each
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
@@ -38,7 +38,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 @compiles
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_the_interpreter(which):
+def test_kernels_pass_in_the_interpreter(which):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -49,14 +49,14 @@ def test_on_the_interpreter(which):
 
 @pytest.fixture
 def hard(monkeypatch):
-    """Several tiles a program and several programs a sample, at sizes that the interpreter can bear.
+    """Small tiles: several tiles per program and several programs per sample, at sizes that the interpreter can run.
 
-    Uninitialized memory is NaN: what a kernel forgets to write shows.
+    Uninitialized memory is NaN, so the tests notice a result that a kernel does not write.
     """
     monkeypatch.setattr(writing, "WRITE_TILE", 128)
     monkeypatch.setattr(writing, "WRITE_BACKWARD_TILE", 64)
     monkeypatch.setattr(reading, "READ_TILE", 64)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills by default
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialized memory
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -93,11 +93,11 @@ CASES = {
         ("hard reset", torch.float64),
         ("other constants", torch.float64),
         pytest.param("feedback later than the last step", torch.float64, marks=slow_if_interpreted),
-        ("other constants", torch.float32),  # every training runs in float32
+        ("other constants", torch.float32),  # training runs in float32
         pytest.param("hard reset", torch.float32, marks=slow_if_interpreted),
     ],
 )
-def test_agrees_with_the_plain_function(name, dtype, hard):
+def test_kernels_agree_with_the_plain_function(name, dtype, hard):
     tensors, dynamics = case(dtype=dtype, **CASES[name])
     ours, theirs = (outcome(function, dynamics, tensors) for function in (fused.store_and_recall, store_and_recall))
     for result in theirs:
@@ -109,8 +109,8 @@ def test_agrees_with_the_plain_function(name, dtype, hard):
 
 
 @runs_kernels
-def test_a_single_neuron(hard):
-    """Triton makes constants of integers that are 1."""
+def test_a_single_neuron_agrees_with_the_plain_function(hard):
+    """Triton turns integer arguments of 1 into constants."""
     tensors, dynamics = case(embedding=1, memory=1, gamma_pos=3.0)
     for weight in tensors[3:]:
         weight.data.fill_(0.7)
@@ -121,8 +121,8 @@ def test_a_single_neuron(hard):
 
 @runs_kernels
 @pytest.mark.parametrize("population", ["write_value", "read_key", "read_value"])
-def test_gradients_of_one_output_only(population, hard):
-    """Those of the others are None."""
+def test_gradients_of_a_single_output_agree_with_the_plain_function(population, hard):
+    """The gradients of the other outputs are None."""
     tensors, dynamics = case(embedding=6, memory=5, num_time_steps=6, readout_delay=2)
     gradients = []
     for function in (fused.store_and_recall, store_and_recall):
@@ -133,15 +133,15 @@ def test_gradients_of_one_output_only(population, hard):
 
 
 @runs_kernels
-def test_strided_and_expanded_operands_and_gradients():
+def test_strided_and_expanded_operands_agree_with_the_plain_function():
     tensors, dynamics = case(batch=2, embedding=8, memory=6, thr=0.05, num_time_steps=6, readout_delay=2)
     ours, theirs = (strided_outcome(function, dynamics, tensors) for function in (fused.store_and_recall, store_and_recall))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 @runs_kernels
-def test_a_current_that_is_not_a_number_reaches_the_gradients():
-    """The training stops at a gradient that is not finite; a slope of 0 would hide it."""
+def test_a_nan_current_reaches_the_gradients():
+    """Training stops at a gradient that is not finite. A slope of 0 would hide the NaN."""
     tensors, dynamics = case(embedding=4, memory=3)
     with torch.no_grad():
         tensors[3][0, 0] = float("nan")
@@ -150,8 +150,8 @@ def test_a_current_that_is_not_a_number_reaches_the_gradients():
 
 
 @runs_kernels
-def test_an_empty_batch():
-    """What a process gets of a global batch smaller than the number of processes."""
+def test_an_empty_batch_gives_an_empty_readout_and_zero_gradients():
+    """A process gets an empty batch if the global batch is smaller than the number of processes."""
     tensors, dynamics = case(batch=0, embedding=2, memory=2, num_time_steps=2)
     results = outcome(fused.store_and_recall, dynamics, tensors)
     assert results["readout"].shape == (0, 2) and not any(results[name].any() for name in OPERANDS)
@@ -163,7 +163,7 @@ def write_arguments(save):
 
 
 @runs_kernels
-def test_without_gradients_the_same_and_nothing_kept(hard):
+def test_without_gradients_spikes_are_the_same_and_nothing_is_kept(hard):
     tensors, dynamics = case(embedding=4, memory=3, num_time_steps=5)
     _, _, kept = fused.store_and_recall(*tensors, dynamics, record=True)
     with torch.no_grad():
@@ -183,15 +183,15 @@ def test_two_runs_give_identical_bits():
 @runs_kernels
 @pytest.mark.parametrize("name", golden.FLOAT64)
 @slow_if_interpreted
-def test_float64_agrees_with_the_published_program(name):
-    if INTERPRETED and name == "full_size_float64":  # a GPU runs it; the smaller cases have all constants and features
+def test_float64_agrees_with_the_original_implementation(name):
+    if INTERPRETED and name == "full_size_float64":  # a GPU runs it, and the smaller cases cover all options
         pytest.skip("takes an hour in the interpreter")
     golden.check(golden.load(name), "triton", DEVICE)
 
 
 @runs_kernels
 @slow_if_interpreted
-def test_operations_are_registered_as_torch_library_wants():
+def test_registered_operations_pass_opcheck():
     neuron = list(astuple(LIFNeuron()))
 
     def tensor(*shape):
@@ -240,7 +240,7 @@ def test_without_a_gpu_auto_takes_another_backend_and_says_why(monkeypatch):
 
 
 class H100:
-    """Stands in for Triton's driver where there is no GPU, so that kernels are compiled as they would be for a launch."""
+    """Replaces Triton's driver where there is no GPU, so that kernels are compiled as for a launch."""
 
     def get_current_device(self):
         return 0
@@ -261,7 +261,7 @@ class H100:
         (1, 1, 1, 1, 1, torch.float32),
     ],
 )
-def test_compiles_for_an_h100(batch, length, embedding, memory, steps, dtype, monkeypatch, tmp_path):
+def test_kernels_compile_for_an_h100(batch, length, embedding, memory, steps, dtype, monkeypatch, tmp_path):
     """The interpreter is more lenient than the compiler: types of loop variables, float literals, compile-time conditions."""
     shared = {}
 
@@ -285,7 +285,7 @@ def test_compiles_for_an_h100(batch, length, embedding, memory, steps, dtype, mo
 
 @compiles
 @pytest.mark.slow
-def test_the_script_for_gpus_runs_dry(tmp_path):
+def test_the_dry_run_of_gpu_check_succeeds(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--output", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces joined by a virtual cable, as `ip netns` makes them. Needs root and iproute2."""
+"""Two hosts: network namespaces joined by a virtual cable (`ip netns`). Needs root and iproute2."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ def unplug() -> None:
 
 @pytest.fixture
 def hosts():
-    """Two namespaces with an address each, which can reach nothing but each other."""
+    """Two namespaces with an address each, which can reach only each other."""
     try:
         unplug()
         for host in HOSTS:
@@ -44,16 +44,16 @@ def hosts():
 
 
 @pytest.mark.slow
-def test_a_host_that_is_cut_off_ends_both(hosts, tmp_path):
+def test_both_hosts_end_if_one_is_cut_off(hosts, tmp_path):
     (trace := tmp_path / "trace").mkdir()
-    both = [  # the documented commands for two nodes, each with a folder of its own: no file system is shared
+    both = [  # the documented commands for two nodes, with separate folders, since no file system is shared
         Started(
             *(*NETWORK, "--epochs", "1000", "--output_dir", tmp_path / host),
             *("--dist-url", f"tcp://{HOSTS[hosts[0]]}:23456", "--dist-backend", "gloo", "--dist_timeout", str(TIMEOUT)),
             *("--multiprocessing-distributed", "--world-size", "2", "--rank", str(rank)),
             prefix=("ip", "netns", "exec", host),
             OMP_NUM_THREADS="1",
-            GLOO_SOCKET_IFNAME="cable",  # this host's own name stands for loopback
+            GLOO_SOCKET_IFNAME="cable",  # the name of this host resolves to loopback
             SMALL_TASK_TRACE=str(trace),
         )
         for rank, host in enumerate(hosts)
