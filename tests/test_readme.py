@@ -127,11 +127,11 @@ def front_page(kept) -> list[str]:
     named = {row["group"]: row["30 pairs"].split()[0] for row in kept.networks}
     return [
         f"({recipe:.2f} and {control:.2f} %, three seeds each)",
-        f"55 pairs has {without[55]['0.0']:.2f} % in place of {without[55]['0.3']:.2f}",
-        f"the one trained with 5 has {without[5]['0.0']:.2f} in place of {without[5]['0.3']:.2f}",
-        f"the recipe has {mean(accuracies_at(kept, 'ood_recipe', 30)):.1f} % at 30 pairs",
-        f"with the tuned rule {mean(accuracies_at(kept, 'ood_recipe_tuned', 30)):.1f} (3 seeds each)",
-        f"a sum of outer products has {named['linear_attention']} % there, the delta rule {named['delta_rule']}",
+        f"55 pairs rises from {without[55]['0.3']:.2f} to {without[55]['0.0']:.2f} %",
+        f"the network trained with 5 falls from {without[5]['0.3']:.2f} to {without[5]['0.0']:.2f} %",
+        f"the recipe reaches {mean(accuracies_at(kept, 'ood_recipe', 30)):.1f} % at 30 pairs",
+        f"and {mean(accuracies_at(kept, 'ood_recipe_tuned', 30)):.1f} % with the tuned rule (3 seeds each)",
+        f"a sum of outer products reaches {named['linear_attention']} % there, the delta rule {named['delta_rule']}",
         f"H-Mem {named['h_mem']}, an LSTM {named['lstm']} (5 seeds each)",
     ]
 
@@ -159,9 +159,9 @@ def of_seeds(kept) -> list[str]:
     return [
         f"begins with a loss of {losses[0]:.2f} before and {losses[1]:.2f} since",
         f"accuracy of 98 % has a standard error of {readme.error_of_share(98, readme.TESTED):.1f}",
-        "at below 0.01 Hz, too, in epoch 250",
+        "also fire below 0.01 Hz in epoch 250",
         f"With a length curriculum no seed falls silent | 3 | {len(curriculum)} |",
-        f"have at most {max(unregularized)} % in validation in 20 epochs, with it {min(regularized)} to {max(regularized)} %",
+        f"reach at most {max(unregularized)} % in validation in 20 epochs, with it {min(regularized)} to {max(regularized)} %",
         f"The {len(curriculum)} runs are past halfway from guessing to 100 % by epoch {by[0]} at 5 pairs, {by[1]} at 10,"
         f" {by[2]} at 20, {by[3]} at 30, {by[4]} at 40 and {by[5]} at 55",
         "6 % of the published 250",  # 15 epochs
@@ -193,13 +193,13 @@ def of_training(kept) -> list[str]:
     unchanged = kept.tests("first_recipe", 10)
     assert len(parts) == 9 and min(parts.values()) > max(worst)
     return [
-        f"{spikes[0]:,.0f} spikes a sample in place of {spikes[1]:,.0f}, {recipe:.2f} % in place of {control:.2f}",
+        f"{spikes[0]:,.0f} spikes a sample instead of {spikes[1]:,.0f}, {recipe:.2f} % instead of {control:.2f}",
         f"had more in validation ({rule['--gamma_neg 0.02']} against {rule['--gamma_pos 0.1 --gamma_neg 0.02']})",
         f"accuracy is {accuracy_of(kept, 'parts30/sequence_length30-seed1-gamma_pos0.1-gamma_neg0'):.2f}, with the tuned rule"
         f" {accuracy_of(kept, 'recipe_tuned/sequence_length30-seed1'):.2f}: none",
-        f"{longer[0]:.2f} and {longer[1]:.2f} in place of {usual[0]:.2f} and {usual[1]:.2f}: two seeds",
+        f"{longer[0]:.2f} and {longer[1]:.2f} instead of {usual[0]:.2f} and {usual[1]:.2f}: two seeds",
         f"{readme.several(kept.tests('recipe_from_one_pair', 2), 2).removesuffix(' (3)')} % in three seeds",
-        f"the first recipe has {accuracy_of(kept, 'first_recipe/sequence_length2-seed1'):.2f}",
+        f"the first recipe stays at {accuracy_of(kept, 'first_recipe/sequence_length2-seed1'):.2f}",
         f"one seed each; unchanged: {unchanged[0]:.2f}) three cost more than seeds differ",
         f"inputs held 50 ms ({worst[0]:.2f}), traces of 80 ms ({worst[1]:.2f}), 50 neurons in the memory ({worst[2]:.2f})",
     ]
@@ -226,8 +226,7 @@ def of_recall(kept) -> list[str]:
         f"none of {apart['errors']} errors names one of these",
         f"rises from {first['0.3']:.1f} to {first['0.0']:.1f}, the second",
         f"falls from {second['0.3']:.1f} to {second['0.0']:.1f}",
-        f"55 pairs have {lost[55]['0.0']} in place of {lost[55]['0.3']}",
-        f"30 have {lost[30]['0.0']} in place of {lost[30]['0.3']}",
+        f"fall from {lost[55]['0.3']} to {lost[55]['0.0']} at 55 pairs, and from {lost[30]['0.3']} to {lost[30]['0.0']} at 30",
         f"the nearest in {nearest} % of the samples or more, and costs {two:.2f} points at 2 pairs",
         f"{min(long):.2f} to {max(long):.2f} from 20 pairs on",
         f"trained with 30 ({mean(kept.tests('recipe', 30)):.2f})",
