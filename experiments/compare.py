@@ -40,12 +40,13 @@ from models.plasticity import HebbianRule
 from utils.errors import UserError, in_one_line
 from utils.figures import save
 from utils.figures.curves import LINE_STYLES, draw_repetitions
-from utils.figures.style import BLACK, DASHED, SERIES, TWO_COLUMNS, heading, new_figure, styled
+from utils.figures.style import BLACK, SERIES, TWO_COLUMNS, heading, new_figure, styled
 from utils.metrics import to_csv, write_table
 from utils.results import Result, columns, read_results
 
 # All are trained with 10 pairs of 30 classes, and have about as many parameters as the spiking network.
 PAIRS, SIZES = 10, {"num_classes": 30, "feature_size": 10, "dataset_seed": 42}
+EPOCHS, BATCH_SIZE, LEARNING_RATE_DECAY = 20, 128, 0.9  # the last is a factor each epoch
 MAX_GRAD_NORM, EVALUATION_BATCH = 40.0, 125
 TESTED, SHOWN = (2, 3, 4, 5, 7, 10, 15, 20, 25, 30), (2, 5, 10, 20, 30)  # lengths tested, and those in the table
 REACHED = 90.0  # percent in validation
@@ -221,9 +222,6 @@ class Setting(NamedTuple):
     make: Callable[[], nn.Module]
     learning_rate: float
     curriculum_start: int = 0  # pairs in the first epoch, 4 more in each later one; 0: always all
-    epochs: int = 20
-    batch_size: int = 128
-    learning_rate_decay: float = 0.9  # a factor each epoch
 
 
 NETWORKS = {
@@ -233,8 +231,6 @@ NETWORKS = {
     "delta_rule": Setting("delta rule", DeltaRule, 0.003),
     "h_mem": Setting("H-Mem (published, without spikes)", HMem, 0.003),
     "lstm": Setting("LSTM", LSTM, 0.003, 2),
-    # Its learning rate was not searched for.
-    "delta_rule_longer": Setting("delta rule, budget of the recipes", DeltaRule, 0.005, 0, 40, 64, 0.94),
 }
 SPIKING = {  # groups of kept runs of the task script
     "ood_hebbian_snn": "spiking, default constants",
@@ -255,14 +251,14 @@ def train(name: str, seed: int) -> Result:
     optimizer = torch.optim.Adam(network.parameters(), lr=setting.learning_rate)
     validation = data.evaluation_set("validation", PAIRS, **SIZES)
     metrics, best_accuracy, best = [], -1.0, {}
-    for epoch in range(setting.epochs):
+    for epoch in range(EPOCHS):
         begin, loss_sum, correct = time.perf_counter(), 0.0, 0
-        learning_rate = setting.learning_rate * setting.learning_rate_decay**epoch
+        learning_rate = setting.learning_rate * LEARNING_RATE_DECAY**epoch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        for start in range(0, samples, setting.batch_size):
+        for start in range(0, samples, BATCH_SIZE):
             length = data.training_length(epoch, PAIRS, setting.curriculum_start, curriculum_step=4)
-            batch = data.training_samples(start, min(start + setting.batch_size, samples), epoch, length, **SIZES)
+            batch = data.training_samples(start, min(start + BATCH_SIZE, samples), epoch, length, **SIZES)
             logits = network(batch.features, batch.labels, batch.query)
             loss = cross_entropy(logits, batch.answer, reduction="sum")
             optimizer.zero_grad()
@@ -278,13 +274,13 @@ def train(name: str, seed: int) -> Result:
             best_accuracy, best = accuracy, copy.deepcopy(network.state_dict())
         values = epoch + 1, learning_rate, loss_sum / samples, 100 * (correct / samples), loss, accuracy
         metrics.append(dict(zip(METRICS, (name, seed, *values, time.perf_counter() - begin), strict=True)))
-        print(f"{name}, seed {seed}, epoch {epoch + 1}/{setting.epochs}: validation loss {loss:.4f}, accuracy {accuracy:.1f} %")
+        print(f"{name}, seed {seed}, epoch {epoch + 1}/{EPOCHS}: validation loss {loss:.4f}, accuracy {accuracy:.1f} %")
     network.load_state_dict(best)
     tests = []
     for length in TESTED:
         loss, accuracy = evaluate(network, data.evaluation_set("test", length, **SIZES))
         tests.append(dict(zip(TESTS, (name, seed, length, accuracy, loss), strict=True)))
-    return Result(name, {"batch_size": setting.batch_size}, [], metrics, tests)
+    return Result(name, {"batch_size": BATCH_SIZE}, [], metrics, tests)
 
 
 @torch.no_grad()
@@ -312,8 +308,8 @@ def read_runs(folder: Path) -> dict[tuple[str, int], Result]:
             for row in csv.DictReader(lines[1:], head):
                 _ = [float(value) for column, value in row.items() if column != "network"]
                 runs.setdefault((row["network"], int(row["seed"])), []).append(row)
-            lengths = {name: setting.epochs if head is METRICS else len(TESTED) for name, setting in NETWORKS.items()}
-            whole = all(lengths.get(name) == len(rows) for (name, _), rows in runs.items())
+            length = EPOCHS if head is METRICS else len(TESTED)
+            whole = all(name in NETWORKS and length == len(rows) for (name, _), rows in runs.items())
             if lines[:1] != [",".join(head)] or not whole:
                 raise ValueError("columns, or rows of a run, are missing or unknown")
             if found and not runs.keys() <= found[0].keys():
@@ -322,8 +318,7 @@ def read_runs(folder: Path) -> dict[tuple[str, int], Result]:
             raise UserError(f"{path}: damaged ({damage}); restore it, or remove it to train again") from damage
         found.append(runs)
     metrics, tests = found
-    batches = {name: {"batch_size": setting.batch_size} for name, setting in NETWORKS.items()}
-    return {run: Result(run[0], batches[run[0]], [], metrics[run], tests[run]) for run in tests}
+    return {run: Result(run[0], {"batch_size": BATCH_SIZE}, [], metrics[run], tests[run]) for run in tests}
 
 
 def read_groups(folder: Path, spiking: Path) -> dict[str, list[Result]]:
@@ -381,7 +376,6 @@ def draw(groups: dict[str, list[Result]]) -> Figure:
     figure = new_figure(TWO_COLUMNS, 72)
     lengths, training = figure.subplots(1, 2)
     looks = {name: {"color": colour} for name, colour in zip(NETWORKS, SERIES, strict=False)}
-    looks["delta_rule_longer"] = looks["delta_rule"] | {"ls": DASHED}
     looks |= {name: {"color": BLACK, "ls": line} for name, line in zip(SPIKING, LINE_STYLES, strict=True)}
     handles, seen = [], data.TRAINING_SAMPLES / 1000
     for group, members in groups.items():

@@ -278,9 +278,11 @@ def budgets(kept: Kept) -> list[list]:
         rows[-1] += [span(epochs), span(row["updates"] for _, row in runs)]
         rows[-1] += [span(count * data.TRAINING_SAMPLES // 1000 for count in epochs)]
     for row in kept.networks:
-        if words := {"lstm": "other networks", "delta_rule_longer": "delta rule, longer"}.get(row["group"]):
+        if row["group"] == "lstm":  # and each other network
             samples = int(row["epochs"]) * data.TRAINING_SAMPLES // 1000
-            rows.append([words, "`comparison/`", row["batch size"], row["epochs"], f"{int(row['updates']):,}", samples])
+            rows.append(
+                ["other networks", "`comparison/`", row["batch size"], row["epochs"], f"{int(row['updates']):,}", samples]
+            )
     return rows
 
 

@@ -137,13 +137,13 @@ def test_positions_tell_the_pairs_apart():
 def tiny(monkeypatch):
     monkeypatch.setattr(data, "TRAINING_SAMPLES", 300)
     monkeypatch.setattr(data, "EVALUATION_SAMPLES", {"validation": 130, "test": 50})
-    monkeypatch.setattr(compare, "NETWORKS", {n: setting._replace(epochs=3) for n, setting in compare.NETWORKS.items()})
+    monkeypatch.setattr(compare, "EPOCHS", 3)
     monkeypatch.setattr(compare, "TESTED", (2, 10))
 
 
 def test_training_again_repeats_the_first_epochs_of_a_committed_run(monkeypatch):
     """This checks the whole training: initial weights, samples, curriculum, learning rate and its decay."""
-    monkeypatch.setitem(compare.NETWORKS, "lstm", compare.NETWORKS["lstm"]._replace(epochs=2))
+    monkeypatch.setattr(compare, "EPOCHS", 2)
     monkeypatch.setattr(compare, "TESTED", ())
     committed = [row for row in read(COMPARISON / "metrics.csv") if (row["network"], row["seed"]) == ("lstm", "1")]
     for ours, theirs in zip(compare.train("lstm", 1).metrics, committed, strict=False):
@@ -175,8 +175,8 @@ def test_an_epoch_uses_all_samples_and_the_curriculum_lengthens_sequences(tiny, 
     ranges = [(0, 128), (128, 256), (256, 300)]
     assert drawn == [(*of, epoch, length) for epoch, length in enumerate([2, 6, 10]) for of in ranges]
     drawn.clear()
-    compare.train("delta_rule_longer", 1)
-    assert {length for *_, length in drawn} == {10} and drawn[:2] == [(0, 64, 0, 10), (64, 128, 0, 10)]
+    compare.train("delta_rule", 1)
+    assert {length for *_, length in drawn} == {10}
 
 
 def test_the_norm_of_the_gradient_is_clipped(tiny, monkeypatch):
@@ -227,11 +227,8 @@ def test_a_loss_that_is_not_finite_stops_the_training(tiny, monkeypatch, tmp_pat
 def test_the_committed_table_agrees_with_the_committed_runs():
     groups = compare.read_groups(COMPARISON, RESULTS)
     rows = compare.table(groups)
-    to_do = {"delta_rule_longer"}
-    assert [name for name in groups if name not in to_do] == [
-        n for n in (*compare.NETWORKS, *compare.SPIKING) if n not in to_do
-    ]
-    assert {len(runs) for name, runs in groups.items() if name not in to_do} == {5}
+    assert list(groups) == [*compare.NETWORKS, *compare.SPIKING]
+    assert {len(runs) for runs in groups.values()} == {5}
     assert (COMPARISON / "comparison.csv").read_text(encoding="utf-8") == to_csv(rows)
     assert (COMPARISON / "comparison.md").read_text(encoding="utf-8") == compare.to_markdown(rows)
     lengths, training = compare.draw(groups).axes
@@ -246,7 +243,7 @@ def test_the_settings_agree_with_the_committed_runs():
     """In the first epoch of a curriculum, sequences are shorter than in validation, so accuracy is higher."""
     for row in read(COMPARISON / "metrics.csv"):
         setting, epoch = compare.NETWORKS[row["network"]], int(row["epoch"]) - 1
-        assert float(row["learning_rate"]) == setting.learning_rate * setting.learning_rate_decay**epoch
+        assert float(row["learning_rate"]) == setting.learning_rate * compare.LEARNING_RATE_DECAY**epoch
         if epoch == 0:
             shorter = float(row["train_accuracy"]) > 3 * float(row["validation_accuracy"])
             assert shorter == (setting.curriculum_start > 0)

@@ -335,6 +335,7 @@ def test_the_analysis_of_a_made_up_network_gives_the_expected_numbers(monkeypatc
     monkeypatch.setattr(checkpoints, "load", lambda path: {"params": params, "state_dict": {}})
     monkeypatch.setattr(models, "build_model", lambda options: Exact(options["gamma_neg"]))
     monkeypatch.setattr(data, "evaluation_set", lambda *_, **__: test)
+    monkeypatch.setattr(data, "training_samples", lambda *_, **__: test[:4])
     tables = {}
     for table, row in analyze.analyse(Path("made-up")):
         tables.setdefault(table, []).append(row)
@@ -345,6 +346,7 @@ def test_the_analysis_of_a_made_up_network_gives_the_expected_numbers(monkeypatc
     assert [tuple(row.values()) for row in tables["pause"]] == [(False, 100.0, 60.0), (True, 0.0, 0.0)]
     depression = {row["gamma_neg"]: (row["accuracy"], row["first_half"], row["second_half"]) for row in tables["depression"]}
     assert depression == dict.fromkeys((0.3, 0.2, 0.1, 0.02), (75.0, 0.0, 100.0)) | {0.0: (0.0, 0.0, 0.0)}
+    assert [tuple(row.values()) for row in tables["fresh"]] == [(0.3, 20_000, 50.0), (0.0, 20_000, 0.0)]
     quiet, *noisy = tables["noise"]
     assert quiet == {"deviation": 0.0, "accuracy": 75.0, "nearest": 100.0} and [row["deviation"] for row in noisy][-1] == 0.3
     assert all(row["nearest"] == 100 for row in noisy[:2]) and min(row["accuracy"] for row in noisy) >= 50
@@ -362,6 +364,7 @@ def test_the_analysis_agrees_with_the_evaluation(tmp_path, monkeypatch, capsys):
         best.append(str(folder / checkpoints.BEST))
         assert task.main(["--resume", best[-1], "--evaluate"]) == 0
     accuracies = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " * Acc" in line]
+    monkeypatch.setattr(analyze, "FRESH", 1000)
     assert analyze.main([*best, best[0], "--output_dir", str(tmp_path)]) == 0
 
     def rows(table, network, **of):
@@ -376,5 +379,7 @@ def test_the_analysis_agrees_with_the_evaluation(tmp_path, monkeypatch, capsys):
         (trained,) = rows("depression", network, gamma_neg=0.1)
         assert float(errors["accuracy"]) == float(quiet["accuracy"]) == float(trained["accuracy"]) == accuracy
         assert float(quiet["nearest"]) == 100
+        (fresh,) = rows("fresh", network, gamma_neg=0.1)
+        assert fresh["samples"] == "1000" and 0 < abs(float(fresh["accuracy"]) - accuracy) < 6
         for table in ("noise", "depression"):
             assert len({row["accuracy"] for row in rows(table, network)}) > 1
