@@ -439,7 +439,7 @@ def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device)
 
 
 def evaluate_checkpoint(args: argparse.Namespace, resume: Path, checkpoint: dict) -> int:
-    """Test on the original test set, at one sequence length or several. Write a table to --output_dir or beside the file."""
+    """Test on the original test set, at one sequence length or several. Write a table to --output_dir or beside --resume."""
     where = device.choose(args.device, args.gpu)
     model, _ = build(vars(args), args.backend, where, resume, checkpoint)
     print_rank0(str(resume) + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))

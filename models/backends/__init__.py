@@ -109,7 +109,7 @@ def _choose(name: str, device: str, dynamics: Dynamics, plain: Callable, equatio
 
 
 def load(name: str, device: str) -> Callable:
-    """The function of a kernel, or the compiled one. Raises BackendError where it cannot run on such a device here."""
+    """The function of a kernel or of "compiled". Raises BackendError if it cannot run on such a device here."""
     module = importlib.import_module(f"models.backends.{name}")
     if reason := module.unavailable(device.split(":")[0]):
         raise BackendError(reason)

@@ -114,7 +114,7 @@ class Zoom(NamedTuple):
 
 
 ALL = Zoom()
-ASKED = "the pair that is asked for"  # what is orange in storing
+ASKED = "the pair that is asked for"  # orange in storing
 
 
 class Phase(NamedTuple):
@@ -374,7 +374,7 @@ def membranes(trial: Trial, zoom: Zoom = ALL) -> Figure:
         line[0].yaxis.set_major_locator(MaxNLocator(3))
     figure.align_ylabels(axes[:, 0])
     figure.supylabel("Membrane potential (θ)", size=7)
-    words = "Dashed: threshold, 1 θ (beside hundreds of θ it seems to be at 0). Ticks above: spikes. "
+    words = "Dashed: threshold, 1 θ (looks like 0 on a scale of hundreds of θ). Ticks above: spikes. "
     figure.supxlabel(f"{words}Orange: recall, and {ASKED}.", size=6, color=style.GREY)
     return figure
 

@@ -186,7 +186,7 @@ def accuracy_by_option(runs: Sequence[Curves], name: str) -> Figure:
             handles.append(Line2D([], [], color=colour, label=label))
     ax.set_xticks(range(len(values)), map(str, values))
     ax.set(xlabel=name, ylabel="Best validation accuracy (%)", ylim=(0, 103))
-    words = {".": "a run; line: mean ± standard deviation of those that learned", "x": NOT_LEARNED}
+    words = {".": "a run; line: mean ± standard deviation of runs that learned", "x": NOT_LEARNED}
     handles += [Line2D([], [], color=BLACK, marker=marker, label=label, **dots) for marker, label in words.items()]
     add_legend(figure, [*handles, *draw_chance(ax, runs)], ONE_COLUMN)
     return figure
