@@ -50,30 +50,30 @@ from utils.options import (
 )
 from utils.progress import Progress, report_silence
 
-EVALUATION_BATCH = 125  # eight processes have one batch each of the 1,000 validation samples
+EVALUATION_BATCH = 125  # eight processes get one batch each of the 1,000 validation samples
 
 # fmt: off
 
 
 def add_model_options(parser: Parser) -> list[str]:
-    """Add the options that define the network: both scripts have them. Returns their names.
+    """Add the options that define the network, to either script. Returns their names.
 
-    Defaults and bounds of the constants stand once, in the dataclasses that `of` names; --help shows them.
+    The dataclasses that `of` is called with define the defaults and bounds of the constants.
     """
     add = (group := parser.add_argument_group("model")).add_argument
-    add("--sequence_length", type=lengths, default=10, help="pairs in a sequence; with --evaluate several: 2,5,10 or 2-10")
-    add("--num_classes", **of(Sizes, "num_classes"), help="labels to draw from")
+    add("--sequence_length", type=lengths, default=10, help="pairs in a sequence; --evaluate also takes 2,5,10 or 2-10")
+    add("--num_classes", **of(Sizes, "num_classes"), help="number of labels to draw from")
     add("--feature_size", **of(Sizes, "feature_size"), help="size of the random vectors")
-    add("--embedding_size", **of(Sizes, "embedding_size"), help="neurons of an encoding population")
-    add("--memory_size", **of(Sizes, "memory_size"), help="key neurons, and value neurons, of the memory")
+    add("--embedding_size", **of(Sizes, "embedding_size"), help="neurons in the encoding population")
+    add("--memory_size", **of(Sizes, "memory_size"), help="number of key neurons and number of value neurons")
     add("--w_max", **of(HebbianRule, "w_max"), help="soft upper bound of a Hebbian weight")
     add("--gamma_pos", **of(HebbianRule, "gamma_pos"), help="strength of Hebbian potentiation")
     add("--gamma_neg", **of(HebbianRule, "gamma_neg"), help="strength of Hebbian depression")
     add("--tau_trace", **of(HebbianRule, "tau_trace"), help="time constant of the spike traces, ms")
     add("--num_time_steps", **of(Dynamics, "num_time_steps"), help="time steps (ms) for which each input is held")
     add("--readout_delay", **of(Dynamics, "readout_delay"), help="delay of the feedback from values to keys in recall, ms")
-    add("--memory_feedback", **of(Dynamics, "memory_feedback"), help="strength of the memory's current to the values, storing")
-    add("--readout_steps", **of(Dynamics, "readout_steps"), help="last time steps whose value spikes are summed up")
+    add("--memory_feedback", **of(Dynamics, "memory_feedback"), help="strength of the memory's input to values while storing")
+    add("--readout_steps", **of(Dynamics, "readout_steps"), help="number of final time steps whose value spikes are summed")
     add("--thr", **of(LIFNeuron, "thr"), help="firing threshold")
     add("--perfect_reset", **of(LIFNeuron, "perfect_reset"), help="reset the membrane to 0; else subtract the threshold")
     add("--refractory_time_steps", **of(LIFNeuron, "refractory_time_steps"), help="refractory time after a spike, ms")
@@ -85,7 +85,7 @@ def add_model_options(parser: Parser) -> list[str]:
 
 
 def add_options(parser: Parser) -> list[str]:
-    """Add all options. Returns the names of those that a run records in its folder and its checkpoints, for a resume."""
+    """Add all options. Returns the names of the options that a run records in its folder and its checkpoints."""
     recorded = add_model_options(parser)
 
     add = (group := parser.add_argument_group("data")).add_argument
@@ -97,41 +97,41 @@ def add_options(parser: Parser) -> list[str]:
 
     add = (group := parser.add_argument_group("training")).add_argument
     add("--epochs", type=number(int, 1), default=250, help="total number of epochs")
-    add("--batch_size", type=number(int, 1), default=512, help="samples in a step on one node, over its processes")
+    add("--batch_size", type=number(int, 1), default=512, help="samples per step and node, divided among its processes")
     add("--learning_rate", type=number(float, above=0, high=1e6), default=0.003, help="learning rate of Adam")
-    add("--learning_rate_decay", type=number(float, above=0, high=1), default=0.85, help="factor of the learning rate's decay")
+    add("--learning_rate_decay", type=number(float, above=0, high=1), default=0.85, help="decay factor of the learning rate")
     add("--decay_learning_rate_every", type=number(int, 1), default=20, help="decay the learning rate every N epochs")
     add("--max_grad_norm", type=number(float), default=40.0, help="clip the norm of the gradient; 0 or less: off")
-    add("--l2", type=number(float, 0), default=1e-5, help="strength of the rate regularization, from the second epoch on")
-    add("--l2_decay", type=number(float, above=0, high=1), default=1.0, help="factor of l2 whenever the learning rate decays")
+    add("--l2", type=number(float, 0), default=1e-5, help="strength of the rate regularization (off in epoch 1)")
+    add("--l2_decay", type=number(float, above=0, high=1), default=1.0, help="factor by which l2 decays with the learning rate")
     add("--target_rate", type=number(float, 0), default=0.0, help="target firing rate of the rate regularization, Hz")
-    add("--seed", type=optional(number(int, 0, 2**63 - 1)), help="seed of the initial weights; none: draw and report one")
-    add("--start_epoch", type=number(int, 0), default=0, help="number of the first epoch of a new run")
+    add("--seed", type=optional(number(int, 0, 2**63 - 1)), help="seed of the initial weights; none: random, and printed")
+    add("--start_epoch", type=number(int, 0), default=0, help="number of epochs that a new run skips")
     add("--curriculum_start", type=number(int, 0), default=0, help="pairs in the first epoch; 0: always --sequence_length")
     add("--curriculum_step", type=number(int, 1), default=1, help="pairs that the curriculum adds in each later epoch")
     recorded += [action.dest for action in group._group_actions]
 
     add = (group := parser.add_argument_group("execution")).add_argument
     add("--device", type=path, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--backend", choices=models.BACKENDS, default="auto", help="kernels; auto: the fastest here; triton is experimental")
+    add("--backend", choices=models.BACKENDS, default="auto", help="kernels; auto: fastest available; triton: experimental")
     add("--print_freq", type=number(int, 1), default=1, help="update the display every N steps")
     add("--logging", **SWITCH, help="also write TensorBoard logs (needs the package tensorboard)")
     recorded += [action.dest for action in group._group_actions]
 
     add = parser.add_argument_group("run").add_argument
-    add("--resume", type=path, default="", help="checkpoint or run folder to resume or evaluate; auto: the folder --output_dir")
+    add("--resume", type=path, default="", help="checkpoint or run folder to resume or evaluate; auto: take --output_dir")
     add("--check_params", type=int, choices=(0, 1), default=1, help="0: accept model options that differ from the checkpoint's")
     add("--evaluate", **SWITCH, help="test the --resume checkpoint on the original test set")
-    add("--print_options", **SWITCH, help="print the options as YAML, which --config reads, and stop")
-    add("--output_dir", type=path, default="", help="folder of the run; empty: that of --resume, or a new one in runs/")
-    add("--gpu", type=optional(number(int, 0)), help="the same as --device cuda:N")
+    add("--print_options", **SWITCH, help="print the options as YAML for --config, and stop")
+    add("--output_dir", type=path, default="", help="folder of the run; empty: the folder of --resume, or a new one in runs/")
+    add("--gpu", type=optional(number(int, 0)), help="number N of the GPU: the same as --device cuda:N")
 
     add = parser.add_argument_group("distributed training").add_argument
     add("--multiprocessing_distributed", **SWITCH, help="train on all GPUs of this node, one process per GPU")
-    add("--processes_per_node", type=optional(number(int, 1)), help="processes on each node; none: one per GPU")
+    add("--processes_per_node", type=optional(number(int, 1)), help="processes on each node, instead of one per GPU")
     add("--world_size", type=number(int, -1), default=-1, help="number of nodes")
     add("--rank", type=number(int, -1), default=-1, help="number of this node, from 0")
-    add("--dist_url", type=path, default="tcp://127.0.0.1:23456", help="where the nodes meet, at rank 0; or env:// (torchrun)")
+    add("--dist_url", type=path, default="tcp://127.0.0.1:23456", help="address of the node of rank 0; or env:// (torchrun)")
     add("--dist_backend", choices=("nccl", "mpi", "gloo"), default="nccl", help="nccl for GPUs, gloo for CPUs")
     add("--dist_timeout", type=number(float, above=0), default=120.0, help="give up after this many seconds without an answer")
     return recorded
@@ -150,7 +150,7 @@ def main(argv=None) -> int:
     ranks = launch.find_ranks(args)
     launch.check(ranks, args)
     resume, checkpoint = None, None
-    if ranks is None or ranks.leads:  # all other processes are given the options and the checkpoint of this one
+    if ranks is None or ranks.leads:  # this process sends its options and checkpoint to all others
         resume, checkpoint = run.find_checkpoint(args.resume, args.output_dir, args.evaluate)
         if resume and checkpoint:
             strict = {"evaluate": args.evaluate, "check_params": args.check_params}
@@ -169,7 +169,7 @@ def main(argv=None) -> int:
 
 
 def work(args, recorded, nodes, folder, resume, checkpoint) -> int:
-    """Train or evaluate, in each process, with the options and the checkpoint of the first one. Returns the exit status."""
+    """Train or evaluate, in each process, with the options and the checkpoint of rank 0. Returns the exit status."""
     if args.evaluate:
         return evaluate_checkpoint(args, resume, checkpoint)
     return train(args, recorded, nodes, folder, resume, checkpoint)
@@ -185,7 +185,7 @@ def options_of_run(
     evaluate: bool,
     check_params: int,
 ) -> dict[str, Any]:
-    """The options of a checkpoint, which are the defaults of a resume; what is given must be compatible with them."""
+    """The options of a checkpoint, as the defaults of a resumed run. Raises UsageError if `given` contradicts them."""
     try:
         record = parser.given(words_of({name: params[name] for name in params if name in recorded or name in REMOVED}))
     except UsageError as wrong:
@@ -198,21 +198,21 @@ def options_of_run(
     if check_params and (differing := differences(given, record, fixed)):
         raise UsageError(f"{resume}: options differ: {', '.join(differing)}; --check_params 0 overrides")
     if not evaluate and (differing := differences(given, record, ["seed", "start_epoch"])):
-        raise UsageError(f"{resume}: cannot change the {', '.join(differing)} of an existing run; leave that out to resume it")
+        raise UsageError(f"{resume}: an existing run cannot change {', '.join(differing)}; leave these options out")
     return record
 
 
 def check_lengths(lengths: int | tuple[int, ...], num_classes: int, *, evaluate: bool, curriculum_start: int = 0) -> None:
-    """Raises UsageError for sequence lengths that are impossible with the other options, with the remedy."""
+    """Raises UsageError, with the remedy, if the other options do not allow these sequence lengths."""
     longest = max(lengths) if isinstance(lengths, tuple) else lengths
     if longest > num_classes:
-        few = f"this network knows {num_classes} labels, so test at most as many pairs, or train with more --num_classes"
+        few = f"this network knows {num_classes} labels: test at most {num_classes} pairs, or train with more --num_classes"
         raise UsageError(f"--sequence_length {longest} is more than --num_classes {num_classes}: no label is shown twice; "
                          + (few if evaluate else "raise --num_classes or shorten the sequence"))  # fmt: skip
     if evaluate:
         return
     if isinstance(lengths, tuple):
-        raise UsageError("--sequence_length: several lengths are for --evaluate; training takes one")
+        raise UsageError("--sequence_length: several lengths are for --evaluate; training takes one length")
     if curriculum_start > longest:
         raise UsageError(f"--curriculum_start {curriculum_start} is more than --sequence_length {longest}")
 
@@ -233,7 +233,7 @@ def train(
         return 0
     samples, step_size = data.TRAINING_SAMPLES, args.batch_size * nodes
     if sample >= samples:
-        raise UserError(f"{resume}: {sample} samples of an epoch are done, which has {samples}; use another checkpoint")
+        raise UserError(f"{resume}: {sample} samples of an epoch are done, but an epoch has {samples}; use another checkpoint")
 
     where = device.choose(args.device, args.gpu)
     seed = distributed.broadcast_object(random.SystemRandom().randrange(2**31)) if args.seed is None else args.seed
@@ -257,14 +257,14 @@ def train(
         if distributed.is_main():
             run.save(folder, content, is_best)
 
-    save()  # from here on --resume auto continues; and this shows at once whether the folder can be written to
+    save()  # from here on --resume auto works, and a folder that cannot be written to is noticed at once
     if distributed.is_main():
         changed = differences(params, checkpoint["params"], recorded) if checkpoint else []
         words = f"in epoch {epoch + 1} after {sample} samples: {backend} on {where.type}, {step_size} samples in a step"
         run.record(folder, dump(params | {"batch_size": step_size}), resume, ", ".join([words, *changed]))
         parameters = sum(weight.numel() for weight in model.parameters())
         processes = f", {distributed.world_size()} processes on {nodes} nodes" if distributed.world_size() > 1 else ""
-        print_rank0(f"{parameters:,} parameters learn {args.sequence_length} pairs of {args.num_classes} classes: "
+        print_rank0(f"training {parameters:,} parameters on {args.sequence_length} pairs of {args.num_classes} classes: "
                     f"epochs {epoch + 1} to {args.epochs} of {samples:,} samples, {step_size:,} in a step{processes}, "
                     f"seed {seed}, in {folder}")  # fmt: skip
         if checkpoint:
@@ -305,7 +305,7 @@ def train(
             tested = evaluate(model, validation, min(args.batch_size, EVALUATION_BATCH), where)
             line = {"epoch": epoch + 1, "learning_rate": learning_rate, "batch_size": step_size} | metrics.means()
             line |= {"validation_loss": tested["loss"], "validation_accuracy": tested["accuracy"]}
-            is_best = tested["accuracy"] > best_acc or (not history and best_acc == 0)  # there is always one
+            is_best = tested["accuracy"] > best_acc or (not history and best_acc == 0)  # the first epoch is always best
             best_acc = max(tested["accuracy"], best_acc)
             history.append(line)
             epoch, sample, running = epoch + 1, 0, {}
@@ -322,7 +322,7 @@ def train(
         return status
     best = folder / checkpoints.BEST
     known = (
-        f"; --resume {shlex.quote(str(best))} --evaluate tests it"
+        f"; --resume {shlex.quote(str(best))} --evaluate tests this network"
         if best.exists()
         else "; its checkpoint is not in this folder"
     )
@@ -331,7 +331,7 @@ def train(
 
 
 def build(options: Mapping[str, Any], backend: str, where: torch.device, resume, checkpoint: dict | None):
-    """The network, with initial weights or the checkpoint's, on its device; and the name of the backend that runs it."""
+    """The network on its device, with initial weights or the checkpoint's, and the name of its backend."""
     with out_of_memory_in_one_line(batch_size=0):
         model = model_of(options, backend)
     if checkpoint:
@@ -342,11 +342,11 @@ def build(options: Mapping[str, Any], backend: str, where: torch.device, resume,
 
 
 def model_of(options: Mapping[str, Any], backend: str):
-    """The network of the options, with the neuron and the rule that they name. Raises UsageError where these contradict."""
+    """The network of the options, with the neuron and the rule that they name. Raises UsageError if options contradict."""
     parts = {name: imported(name, options[name]) for name in OWN}
     try:
         for name, part in parts.items():
-            if isinstance(part, type):  # a class takes its constants from the options, as far as it has them
+            if isinstance(part, type):  # a class takes the constants that are options from there
                 parts[name] = part(**{f: options[f] for f in getattr(part, "__dataclass_fields__", ()) if f in options})
         return models.build_model(options, backend, **parts)
     except (TypeError, ValueError) as wrong:
@@ -367,11 +367,11 @@ def train_step(
 
     Args:
         l2, target_rate: strength (1/Hz^2) and target (Hz) of the rate regularization.
-        max_grad_norm: the gradient's norm is clipped at this; 0 or less: not.
+        max_grad_norm: clip the gradient's norm at this value; 0 or less: do not clip.
         at: epoch and step, for the error.
 
     Raises:
-        UserError: on every process, the step not applied, where the gradient is not finite.
+        UserError: the gradient is not finite. Every process raises it, and the step is not applied.
     """
     output = network(batch.features, batch.labels, batch.query)
     cross_entropy_sum = cross_entropy(output.logits, batch.answer, reduction="sum")
@@ -410,12 +410,12 @@ def train_step(
 def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device) -> dict[str, float]:
     """Test a network, each process on its part of the samples.
 
-    Any number of processes uses the same batches: the size of a batch changes the rounding, and rounding can flip a spike.
+    The batches do not depend on the number of processes: the batch size changes the rounding, and rounding can flip a spike.
 
     Returns:
-        Means over the samples: `loss`, the cross entropy; `accuracy` in percent, where the first of several greatest logits is
-        the answer; `accuracy_ties_shared` in percent, where each of k greatest logits is the answer with 1/k; `ties`, the
-        percentage of samples with several. (A network without an output spike gives all labels the same logit.)
+        Means over the samples: `loss`, the cross entropy; `accuracy` in percent, where the first of tied greatest logits is
+        the prediction; `accuracy_ties_shared` in percent, where each of k tied logits counts 1/k; `ties`, the percentage of
+        samples with tied greatest logits. (A network without an output spike gives all labels the same logit.)
 
     Raises:
         UserError: the loss or the memory is not finite.
@@ -431,9 +431,7 @@ def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device)
         loss = cross_entropy(logits, batch.answer, reduction="sum")
         sums += torch.stack([x.double().sum() for x in (loss, 100 * correct, 100 * of_answer / ties, 100 * (ties > 1))])
     sums = distributed.all_reduce(sums)
-    few = samples[:4].to(
-        where
-    )  # A diverged memory silences the neurons that read it: the loss stays finite, the memory does not.
+    few = samples[:4].to(where)  # a diverged memory silences the neurons that read it, so the loss can stay finite
     memory = model(few.features, few.labels, few.query, record=True).activity["memory"]
     if not (torch.isfinite(sums).all() and torch.isfinite(memory).all()):
         raise not_finite("evaluation", "the loss" if torch.isfinite(memory).all() else "the memory", model.dynamics)
@@ -441,7 +439,7 @@ def evaluate(model, samples: data.Samples, batch_size: int, where: torch.device)
 
 
 def evaluate_checkpoint(args: argparse.Namespace, resume: Path, checkpoint: dict) -> int:
-    """Test on the original test set, at one sequence length or several; write a table into --output_dir or beside the file."""
+    """Test on the original test set, at one sequence length or several. Write a table to --output_dir or beside --resume."""
     where = device.choose(args.device, args.gpu)
     model, _ = build(vars(args), args.backend, where, resume, checkpoint)
     print_rank0(str(resume) + (f", after {checkpoint['epoch']} epochs" if checkpoint["epoch"] else ""))
@@ -463,16 +461,16 @@ def evaluate_checkpoint(args: argparse.Namespace, resume: Path, checkpoint: dict
         if distributed.is_main() and (len(rows) > 1 or args.output_dir):
             beside = Path(f"{str(resume).removesuffix('.pth.tar')}.{run.TABLE}")
             write_table(Path(args.output_dir) / run.TABLE if args.output_dir else beside, rows)
-    finally:  # the result is not lost with the table
+    finally:  # print the result even if the table cannot be written
         print_rank0(f" * Acc {sum(row['accuracy'] for row in rows) / len(rows):.3f}")
     return 0
 
 
 def note_on_data(params: Mapping[str, Any]) -> str:
-    """What to know of a network that was not trained on the samples of this task; empty for the others."""
+    """A note on a network that was trained on other data; empty for all other networks."""
     if "dataset_seed" in params:
         return ""
-    return "note: no dataset_seed is recorded, so it was trained on other data; the test set holds uniform vectors in [0, 1)"
+    return "note: no dataset_seed is recorded, so the network learned other data; the test set holds uniform vectors in [0, 1)"
 
 
 if __name__ == "__main__":

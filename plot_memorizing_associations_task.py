@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's names a module that need not be installed here; no window is needed
+os.environ.pop("MPLBACKEND", None)  # a notebook's backend may not be installed here, and no window is needed
 
 import numpy as np
 
@@ -24,39 +24,39 @@ from utils.errors import UsageError, UserError, in_one_line
 from utils.figures import activity, animation, curves, files
 from utils.options import Parser, constants_of_objects, number, optional, path
 
-# Figure -> the option that names what it is drawn from. The animation takes its time: it is drawn when asked for by name.
+# Figure -> the option that names its input. The animation is slow, so only --figure animation draws it.
 SOURCE = dict.fromkeys(("overview", "memory", "membranes", "animation"), "checkpoint_path")
 SOURCE |= {"training": "metrics", "option": "against", "lengths": "csv"}
-METRICS = "epoch learning_rate train_loss train_accuracy validation_loss validation_accuracy".split()  # columns that are needed
+METRICS = "epoch learning_rate train_loss train_accuracy validation_loss validation_accuracy".split()  # required
 TESTS = ["sequence_length", "accuracy"]
 
 
 def add_options(parser: Parser) -> list[str]:
-    """All options of this script. Returns the names of those that the checkpoint has, too."""
+    """Add all options of this script. Returns the names of the options that a checkpoint also has."""
     model = task.add_model_options(parser)
     add = parser.add_argument_group("what to draw").add_argument
     add("--checkpoint_path", type=path, default="", help="network to draw; its model options and dataset_seed are the defaults")
     add("--check_params", type=int, choices=(0, 1), default=1, help="0: accept model options that differ from the checkpoint's")
     add("--dataset_seed", type=number(int, 0), default=42, help="seed of the test samples")
-    add("--example", type=number(int, 0, data.EVALUATION_SAMPLES["test"] - 1), default=0, help="sample of the test set to draw")
-    add("--seed", type=optional(number(int, 0)), help="choose the sample at random with this seed (--example wins)")
-    add("--neurons", type=number(int, 0), nargs=2, metavar=("FIRST", "LAST"), help="draw these neurons only")
-    add("--time_range", type=number(float, 0), nargs=2, metavar=("START", "END"), help="draw this time only, ms")
-    add("--metrics", type=path, nargs="+", default=(), metavar="PATH", help="training curves of these files or folders of runs")
+    add("--example", type=number(int, 0, data.EVALUATION_SAMPLES["test"] - 1), default=0, help="test sample to draw, from 0")
+    add("--seed", type=optional(number(int, 0)), help="seed of a random choice of the sample (--example overrides it)")
+    add("--neurons", type=number(int, 0), nargs=2, metavar=("FIRST", "LAST"), help="draw only these neurons")
+    add("--time_range", type=number(float, 0), nargs=2, metavar=("START", "END"), help="draw only this time range, ms")
+    add("--metrics", type=path, nargs="+", default=(), metavar="PATH", help="training curves of these files or run folders")
     add("--against", type=path, default="", metavar="OPTION", help="best validation accuracy of --metrics against this option")
-    add("--csv", type=path, nargs="+", default=(), metavar="PATH", help="accuracy against length: tables or folders of runs")
-    add("--figure", choices=("all", *SOURCE), default="all", help="which one; all: all but the animation")
+    add("--csv", type=path, nargs="+", default=(), metavar="PATH", help="accuracy against length, from tables or run folders")
+    add("--figure", choices=("all", *SOURCE), default="all", help="figure to draw; all: every figure but the animation")
 
-    add = parser.add_argument_group("where to").add_argument
-    add("--output", type=path, default="", help="folder, or file for one figure; empty: beside the input, under its name")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=path, default="", help="folder, or file of one figure; empty: beside the input, named after the input")
     add("--format", choices=tuple(files.FORMATS), default="png", help="format of the figures in a folder")
-    add("--save_data", type=path, default="", help="NumPy file (.npz) for all numbers that the figures are drawn from")
+    add("--save_data", type=path, default="", help="also write all numbers in the figures to this NumPy file (.npz)")
     return [*model, "dataset_seed"]
 
 
 @in_one_line
 def main(argv=None) -> None:
-    """Everything that happens, in order. What is wrong with the input is reported before anything is computed."""
+    """Check all input, then draw and save the figures."""
     parser = Parser(__doc__)
     recorded = add_options(parser)
     given = parser.given(argv)
@@ -75,7 +75,7 @@ def main(argv=None) -> None:
     paths = {"checkpoint_path": [source], "metrics": args.metrics, "against": args.metrics, "csv": args.csv}
     targets = {name: files.choose_file(name, args.output, args.format, paths[SOURCE[name]]) for name in chosen}
     if len(set(targets.values())) < len(targets):
-        raise UsageError(f"--output {args.output}: a file holds one figure; choose with --figure {', '.join(chosen)}")
+        raise UsageError(f"--output {args.output}: a file holds one figure; choose one of --figure {', '.join(chosen)}")
 
     if args.checkpoint_path:
         checkpoint = checkpoints.load(source)
@@ -134,9 +134,9 @@ def main(argv=None) -> None:
 
 
 def check_sample(args: argparse.Namespace) -> None:
-    """Raises UsageError where there is no such sample, or where no neuron of a population or no time would be left to draw."""
+    """Raises UsageError if the sample does not exist, or if --neurons or --time_range leave nothing to draw."""
     if isinstance(args.sequence_length, tuple):
-        raise UsageError("--sequence_length: one length can be drawn at a time")
+        raise UsageError("--sequence_length: give one length, for one sample")
     task.check_lengths(args.sequence_length, args.num_classes, evaluate=True)
     first, last = args.neurons or (0, 0)
     smallest = min(args.embedding_size, args.memory_size)
@@ -149,14 +149,14 @@ def check_sample(args: argparse.Namespace) -> None:
 
 
 def read_curves(places: Sequence[str], table: str, needed: Sequence[str], against: str = "") -> list[curves.Curves]:
-    """The numbers of the `metrics` or `tests` of runs in these files and folders, labelled by the options that differ.
+    """Read the `metrics` or `tests` of the runs in these files and folders, labelled by the options that differ.
 
     Args:
-        against: the option of a sweep, which is no part of the label.
+        against: the option of a sweep, which the labels leave out.
     """
     runs = [run for run in results.read_results(*map(Path, places)) if getattr(run, table)]
     if places and not runs:
-        raise UserError(f"{' '.join(places)}: no {needed[0]} in it yet")
+        raise UserError(f"{' '.join(places)}: no {needed[0]} recorded yet")
     parser = Parser("")
     defaults = {name: parser.get_default(name) for name in task.add_options(parser)}
     if against and against not in defaults:
@@ -177,7 +177,7 @@ def read_curves(places: Sequence[str], table: str, needed: Sequence[str], agains
 
 
 def print_by_option(runs: Sequence[curves.Curves], option: str) -> None:
-    """A line for the repetitions of each value, in order; the mean is that of the runs that learned."""
+    """Print one line per value of the option, in order. The mean is over the runs that learned."""
     print(f"{option:<16s}  learned    best validation accuracy, %")
     for label, values in curves.by_option(runs).items():
         for value, (learned, others) in values.items():

@@ -14,8 +14,8 @@ from torch import Tensor
 TRAINING_SAMPLES = 9_000  # an epoch
 EVALUATION_SAMPLES = {"validation": 1_000, "test": 2_000}
 
-# The published sets are seeded by these, added to the seed of the dataset: its default number of loader workers (4), plus one
-# for the test set.
+# Added to the seed of the dataset. The original implementation adds its default number of loader workers (4), and one more for
+# the test set.
 _EVALUATION_SEED = {"validation": 4, "test": 5}
 
 
@@ -36,7 +36,7 @@ class Samples:
         return self.answer.shape[0]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its fields in order."""
+        """The fields in order."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def to(self, device: torch.device) -> "Samples":
@@ -46,7 +46,7 @@ class Samples:
 
 
 def evaluation_set(split: str, sequence_length: int, num_classes: int, feature_size: int, dataset_seed: int) -> Samples:
-    """The published validation or test set, bit for bit.
+    """The original validation or test set, bit for bit.
 
     Args:
         split: "validation" or "test".
@@ -69,9 +69,9 @@ def training_samples(
 ) -> Samples:
     """Training samples `start` to `stop - 1` of an epoch.
 
-    Each is a pure function of the sizes, the seed, the epoch and its index, however the epoch is cut into batches: sample i
-    owns the i-th block of a counter-based generator, keyed by all the rest. No such stream meets those of the evaluation sets,
-    which come from a generator of another kind.
+    A sample depends only on the sizes, the seed, the epoch and its index i, not on the batches: it owns the i-th block of a
+    counter-based generator that is keyed by the sizes, the seed and the epoch. The evaluation sets come from a generator of
+    another kind, so no random stream is used twice.
     """
     values = sequence_length * feature_size
     draws = values + num_classes + 1
@@ -87,19 +87,19 @@ def training_samples(
 
 def training_length(epoch: int, sequence_length: int, curriculum_start: int = 0, curriculum_step: int = 1) -> int:
     """Pairs in the training sequences of an epoch: `curriculum_start` in epoch 0, `curriculum_step` more in each later epoch,
-    up to `sequence_length`; always that many where `curriculum_start` is 0."""
+    up to `sequence_length`. If `curriculum_start` is 0, every epoch has `sequence_length`."""
     return min(sequence_length, curriculum_start + curriculum_step * epoch) if curriculum_start else sequence_length
 
 
 def fixed_training_samples(
     start: int, stop: int, epoch: int, sequence_length: int, num_classes: int, feature_size: int, dataset_seed: int
 ) -> Samples:
-    """Samples `start` to `stop - 1` of an epoch that shows one fixed set, that of epoch 0, in an order of its own."""
+    """Samples `start` to `stop - 1` of an epoch that shows the samples of epoch 0 in its own order."""
     whole = _training_set(TRAINING_SAMPLES, sequence_length, num_classes, feature_size, dataset_seed)
     return whole[training_order(epoch, dataset_seed)[start:stop]]
 
 
-@functools.lru_cache(maxsize=2)  # a curriculum has another length in each of its epochs
+@functools.lru_cache(maxsize=2)  # a curriculum changes the length every epoch
 def _training_set(samples: int, *sizes: int) -> Samples:
     return training_samples(0, samples, 0, *sizes)
 

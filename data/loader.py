@@ -11,8 +11,8 @@ def prefetch(make: Callable[[int, int], Samples], ranges: list[tuple[int, int]],
     """`make(start, stop)` for each range, in order.
 
     Args:
-        workers: threads that make batches; 0 makes each when it is asked for.
-        depth: batches each thread keeps ready.
+        workers: threads that make batches; 0: make each batch when it is needed.
+        depth: batches that each thread keeps ready.
     """
     if workers == 0:
         yield from (make(start, stop) for start, stop in ranges)

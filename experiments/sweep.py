@@ -159,7 +159,7 @@ def _jobs(group_name: str, block: Any, output_dir: Path) -> Iterator[Job]:
     for combination in itertools.product(*lists.values()):
         given = block | dict(zip(lists, combination, strict=True))
         if wrong := [name for name, value in given.items() if not isinstance(value, str)]:
-            raise UsageError(f"{', '.join(wrong)}: must have one value, or a list of them")
+            raise UsageError(f"{', '.join(wrong)}: must have one value, or a list of values")
         if given.get("num_classes") == "sequence_length":
             given["num_classes"] = given.get("sequence_length", str(DEFAULTS["sequence_length"]))
         options = _options(given)

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):  # before the imports that fail there
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):  # before imports that fail with an old PyTorch
     sys.exit(f"error: PyTorch {torch.__version__} is too old: install 2.7 or later (pip install --upgrade torch)")
 
 from models.backends import BACKENDS, BackendError

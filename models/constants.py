@@ -1,6 +1,6 @@
-"""Constants of the equations: each stands once, with its default, its meaning and its bounds, as a field of a dataclass.
+"""Constants of the equations. Each is a field of a dataclass, with its default, its meaning and its bounds.
 
-The task script has an option for every such field, and checkpoints keep them.
+The task script has an option for every such field, and checkpoints keep its value.
 """
 
 import math
@@ -15,7 +15,7 @@ def constant(default: Any, *, low: float | None = None, above: float | None = No
 
 
 def out_of_bounds(value: Any, low: float | None, above: float | None, high: float | None) -> str | None:
-    """What is wrong about a number, or None."""
+    """What is wrong with a number, or None."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be finite, not {value}"
     for bound, is_beyond, words in ((low, lt, "at least"), (above, le, "greater than"), (high, gt, "at most")):
@@ -28,7 +28,7 @@ def check_bounds(constants: Any) -> None:
     """Check every field of a dataclass that was made by `constant`.
 
     Raises:
-        ValueError: a value is of another type or out of bounds; names the constant.
+        ValueError: a value has another type or is out of bounds. The message names the constant.
     """
     for f in fields(constants):
         if not f.metadata or f.default is MISSING:

@@ -1,7 +1,7 @@
-"""The Hebbian key-value memory: pairs are written in one shot, and read with a query. `store_and_recall` is the whole of it.
+"""The Hebbian key-value memory: `store_and_recall` writes pairs in one shot and reads with a query.
 
 Shapes: B batch, L pairs in a sequence, T time steps an input is held, E embedding size, M memory size.
-Source: arXiv:2205.11276, Fig. 1 and "Hebbian plasticity" in Methods. Parameters carry the published names.
+Source: arXiv:2205.11276, Fig. 1 and "Hebbian plasticity" in Methods. Parameters have the original implementation's names.
 """
 
 import math
@@ -17,13 +17,13 @@ from models.through_time import through_time
 
 XAVIER_GAIN = math.sqrt(2)
 
-# While gradients are recorded, the memory is kept at every N-th step of writing, and recomputed between.
+# While gradients are recorded, writing keeps the memory at every N-th step and recomputes the steps between.
 RECOMPUTE_EVERY = 25
 
 
 class WritingLayer(nn.Module):
-    """The weight that drives keys and values while pairs are written. It is called for its weight, so that whatever is put
-    around a layer (hooks, pruning, a parametrization) acts in every backend."""
+    """The weight that drives keys and values while pairs are written. `forward` returns the weight, so that hooks, pruning
+    and parametrizations of the layer act in every backend."""
 
     def __init__(self, embedding_size: int, memory_size: int):
         super().__init__()
@@ -35,7 +35,7 @@ class WritingLayer(nn.Module):
 
 
 class ReadingLayer(nn.Module):
-    """The weight that drives the keys while the memory is read, called as that of the writing layer."""
+    """The weight that drives the keys while the memory is read. `forward` returns it, as in the writing layer."""
 
     def __init__(self, embedding_size: int, memory_size: int):
         super().__init__()
@@ -55,18 +55,18 @@ def store_and_recall(
     dynamics: Dynamics,
     record: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any] | None]:
-    """The network in time. This is the definition: every backend is the same function.
+    """The network in time. This function is the definition: every backend computes the same.
 
     Args:
         features_current, labels_current: constant input currents of the encoding population, B x L x E.
         query_current: the same for the query, B x E.
         write_weight, read_weight: as `WritingLayer` and `ReadingLayer` return them.
-        record: return the activity, too.
+        record: also return the activity.
 
     Returns:
         The readout (value spikes summed over the last steps of reading, B x M), the spike counts of every population
         (B x neurons), and with `record` the activity, detached: population -> spikes, B x time x neurons; "memory", B x M x M.
-        This plain function adds "membranes", population -> B x time x neurons, and "memories", B x L x M x M, the memory
+        This function adds "membranes", population -> B x time x neurons, and "memories", B x L x M x M, the memory
         after each pair.
     """
     currents = features_current, labels_current, query_current.unsqueeze(1)
@@ -91,7 +91,7 @@ def store_and_recall(
 
 
 def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics) -> tuple[list[Tensor], Activity, Activity]:
-    """Write pairs into an empty memory. At each time step, with the memory W as it was before:
+    """Write pairs into an empty memory. At each time step, with the memory W from the step before:
 
         k = LIF(i_k)
         v = LIF(i_v + memory_feedback * W k)
@@ -104,7 +104,7 @@ def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics
         The memory after each pair (L matrices B x M x M, values x keys), and the key and value neurons in time.
     """
     neuron, rule = dynamics.neuron, dynamics.rule
-    keys = population(neuron, key_current)  # they do not depend on the memory
+    keys = population(neuron, key_current)  # keys do not depend on the memory
 
     def step(state, k, i_v):
         memory, value, value_trace, key_trace = state
@@ -128,7 +128,7 @@ def hebbian_write(key_current: Tensor, value_current: Tensor, dynamics: Dynamics
 def hebbian_read(
     query_current: Tensor, memory: Tensor, feedback_weight: Tensor, dynamics: Dynamics
 ) -> tuple[Activity, Activity]:
-    """Read from a memory, which stays as it is. At each time step t, with no value spikes before step 0:
+    """Read from a memory without changing it. At each time step t, with no value spikes before step 0:
 
         k(t) = LIF(i_q(t) + W_feedback v(t - readout_delay))
         v(t) = LIF(W k(t))
@@ -151,6 +151,6 @@ def hebbian_read(
 
     rest, steps = neuron.initial_state(query_current[:, 0]), query_current.shape[1]
     silence = torch.zeros_like(query_current[:, 0])
-    # A delay of all time steps or more is one that nothing comes through.
+    # With a delay of all time steps or more, no feedback arrives.
     _, outputs = through_time(step, (rest, rest, (silence,) * min(dynamics.readout_delay, steps)), query_current)
     return Activity(*outputs[:2]), Activity(*outputs[2:])

@@ -1,4 +1,4 @@
-"""The network that memorizes associations: what is connected to what.
+"""The network that memorizes associations: its sizes, layers and connections.
 
 Shapes: B batch, L pairs in a sequence, C classes, F features, E embedding size, M memory size.
 Source: arXiv:2205.11276, Fig. 1 and "Memorizing associations" in Methods.
@@ -22,18 +22,18 @@ from models.operands import check_labels, check_operands, refuse_misspelled
 from models.plasticity import HebbianRule
 
 SECONDS_PER_STEP = 1e-3
-SILENT_BELOW = 0.01  # Hz, mean rate of a population: one spike of 100 neurons in a second
-WHILE_WRITING = ("features_encoded", "labels_encoded", "write_key", "write_value")  # the others: while the query is shown
+SILENT_BELOW = 0.01  # Hz, mean rate of a population: 100 neurons fire one spike per second in total
+WHILE_WRITING = ("features_encoded", "labels_encoded", "write_key", "write_value")  # the others fire during the query
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the network, under the names of the command-line options."""
 
-    num_classes: int = constant(10, low=1, high=10**6)  # C, labels to draw from
+    num_classes: int = constant(10, low=1, high=10**6)  # C, number of labels to draw from
     feature_size: int = constant(10, low=1, high=10**6)  # F, size of the random vectors
-    embedding_size: int = constant(80, low=1, high=10**6)  # E, neurons of an encoding population
-    memory_size: int = constant(100, low=1, high=10**6)  # M, key neurons, and value neurons, of the memory
+    embedding_size: int = constant(80, low=1, high=10**6)  # E, neurons in the encoding population
+    memory_size: int = constant(100, low=1, high=10**6)  # M, number of key neurons and number of value neurons
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -61,11 +61,11 @@ class EmbeddingLayer(nn.Module):
 
 
 class MemorizingAssociations(nn.Module):
-    """Embedding -> encoding LIF population -> Hebbian memory, written, then read -> linear output.
+    """Embedding -> encoding LIF population -> Hebbian memory (written, then read) -> linear output.
 
     Args:
-        dynamics: all constants of the network in time. Those of `model.dynamics` act at the next forward.
-        backend: what computes the network in time: one of `models.BACKENDS`, or a function with the signature of
+        dynamics: all constants of the network in time. A change of `model.dynamics` acts at the next forward.
+        backend: computes the network in time: one of `models.BACKENDS`, or a function with the signature of
             `models.store_and_recall`.
     """
 
@@ -91,7 +91,7 @@ class MemorizingAssociations(nn.Module):
             features: vectors, B x L x F.
             labels: their labels, B x L, int64 in 0..C-1.
             query: one of the vectors, B x F.
-            record: return the spikes of every population and the memory, too.
+            record: also return the spikes of every population and the memory.
 
         Raises:
             ValueError: the arguments do not belong together or to this network.
@@ -105,7 +105,7 @@ class MemorizingAssociations(nn.Module):
 
     def currents(self, features: Tensor, labels: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Constant input currents of the encoding population: for vectors and labels B x L x E, for the query B x E."""
-        # The published layer multiplies by an E x E matrix of ones, which is not learned, and sums over its E rows.
+        # The original implementation multiplies by a fixed E x E matrix of ones and sums over its E rows.
         gain = self.sizes.embedding_size
         return gain * self.input_layer(features), gain * self.embedding_layer(labels), gain * self.input_layer(query)
 
@@ -123,28 +123,28 @@ class MemorizingAssociations(nn.Module):
 
 
 def _in_full_precision(device_type: str) -> contextlib.AbstractContextManager:
-    """Spikes need the precision of the weights: autocast does not reach the network."""
+    """Turn autocast off: spikes need the precision of the weights."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
     if torch.is_autocast_enabled(device_type) and not torch.compiler.is_compiling():
-        warnings.warn("the network computes in float32 in spite of autocast: spikes need its precision", stacklevel=3)
+        warnings.warn("the network computes in float32 in spite of autocast: spikes need this precision", stacklevel=3)
     return torch.autocast(device_type, enabled=False)
 
 
 def build_model(
     params: Mapping[str, Any], backend: str | Callable = "auto", neuron: Any = None, rule: Any = None
 ) -> MemorizingAssociations:
-    """The network of a mapping of options, under their names on the command line.
+    """Build the network from options, under their names on the command line.
 
     Args:
-        params: missing ones have their default, and those of a run that say nothing of the network are ignored; so the
-            `params` of a checkpoint will do.
-        backend: as of `MemorizingAssociations`.
-        neuron, rule: in place of those that the options describe: objects with the methods of `LIFNeuron` and `HebbianRule`.
+        params: missing options have their defaults, and a run's other options are ignored, so the `params` of a checkpoint
+            will do.
+        backend: as in `MemorizingAssociations`.
+        neuron, rule: objects with the methods of `LIFNeuron` and `HebbianRule`, used instead of those of the options.
 
     Raises:
         ValueError: an unknown backend, a constant out of bounds, a name that is nearly an option of the network, an option
-            that contradicts `neuron` or `rule`, or one of these that lacks a method.
+            that contradicts `neuron` or `rule`, or a `neuron` or `rule` that lacks a method.
     """
     backends.check_name(backend)
     refuse_misspelled(params, list(defaults()))
@@ -157,17 +157,17 @@ def build_model(
         for field in fields(getattr(dynamics, name)) if part is not None else ():
             own = getattr(part, field.name, None)
             if field.name in params and isinstance(own, bool | int | float) and own != params[field.name]:
-                own = f"the {name} that is given has {getattr(part, field.name)}; leave one of them out"
+                own = f"the given {name} has {getattr(part, field.name)}; leave one of the two out"
                 raise ValueError(f"{field.name} {params[field.name]}: {own}")
     dynamics = replace(dynamics, neuron=neuron or dynamics.neuron, rule=rule or dynamics.rule)
     return MemorizingAssociations(sizes, dynamics, backend)
 
 
 def constants(params: Mapping[str, Any]) -> tuple[Sizes, Dynamics]:
-    """Sizes and constants of a network from a mapping of options; others are ignored, missing ones have their default.
+    """Sizes and constants of a network from options; other options are ignored, and missing options have their defaults.
 
     Raises:
-        ValueError: one is of another type or out of bounds; names it.
+        ValueError: an option has another type or is out of bounds. The message names the option.
     """
 
     def given(kind: type) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) ->
         target_rate: in Hz.
 
     Raises:
-        ValueError: these are the rates of several samples.
+        ValueError: `mean_rates` holds the rates of several samples instead of their mean.
     """
     for name, mean in mean_rates.items():
         if mean.numel() != mean.shape[-1]:

@@ -45,7 +45,7 @@ class LIFNeuron:
         return math.exp(-1.0 / self.tau_mem)
 
     def initial_state(self, like: Tensor) -> LIFState:
-        """The state at rest of a population whose input current is shaped like this."""
+        """The state at rest of a population whose input current has the shape of `like`."""
         zeros = torch.zeros_like(like)
         return LIFState(zeros, zeros, zeros)
 
@@ -56,12 +56,12 @@ class LIFNeuron:
             z' = 1  if (v' - theta) / theta > 0 and r = 0, else 0
             r' = r - 1  if r > 0, else refractory_time_steps * z'
 
-        The membrane integrates its input while the neuron is refractory, too. The gradient flows through v and through z, also
-        where z resets the membrane; none flows through r.
+        The membrane also integrates its input while the neuron is refractory. The gradient flows through v and z, also where z
+        resets the membrane, but not through r.
 
         Args:
             current: I, any shape.
-            state: (z, v, r), each of the shape of `current`.
+            state: (z, v, r), each with the shape of `current`.
         """
         z, v, r = state
         if self.perfect_reset:

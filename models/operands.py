@@ -1,4 +1,4 @@
-"""The checks of what a network is given."""
+"""Checks of a network's inputs."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -10,15 +10,15 @@ from torch import Tensor
 def check_operands(
     weights: Iterable[tuple[str, Tensor]], feature_size: int, features: Tensor, labels: Tensor, query: Tensor
 ) -> None:
-    """See that the arguments of a network's `forward` belong together and to it.
+    """Check that the arguments of a network's `forward` fit each other and the network.
 
-    Kernels read and write by these shapes and types, and PyTorch would broadcast some that are wrong.
+    Kernels rely on these shapes and types, and PyTorch would broadcast some wrong shapes.
 
     Args:
         weights: names and tensors, as `named_parameters` gives them.
 
     Raises:
-        ValueError: naming the argument, and what was expected.
+        ValueError: an argument does not fit. The message names the argument and what was expected.
     """
     for name, x, wanted in (("features", features, "B x L x F"), ("labels", labels, "B x L"), ("query", query, "B x F")):
         if not isinstance(x, Tensor):
@@ -27,7 +27,7 @@ def check_operands(
             raise ValueError(f"{name} must be of shape {wanted}, not {tuple(x.shape)}")
     dtype, device = features.dtype, features.device
     for name, weight in weights:
-        if name.startswith("output_layer."):  # a head may be anything
+        if name.startswith("output_layer."):  # users may replace the output layer
             continue
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {weight.dtype}; the network computes in float32 or float64: use model.float()")
@@ -35,7 +35,7 @@ def check_operands(
             raise ValueError(f"features are {dtype} on {device}, but {name} is {weight.dtype} on {weight.device}; "
                              "convert one of them by .to(...)")  # fmt: skip
     if query.dtype != dtype:
-        raise ValueError(f"query must be {dtype} as features is, not {query.dtype}")
+        raise ValueError(f"query must be {dtype} like features, not {query.dtype}")
     for name, x in (("labels", labels), ("query", query)):
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}, features on {device}; move it: {name}.to(...)")
@@ -43,21 +43,21 @@ def check_operands(
     if size != feature_size or query.shape[1] != feature_size:
         raise ValueError(f"features and query must end in feature_size {feature_size}, not {size} and {query.shape[1]}")
     if pairs == 0:
-        raise ValueError("features must hold at least one pair, not 0")
+        raise ValueError("features must hold at least one pair")
     if tuple(labels.shape) != (batch, pairs):
-        raise ValueError(f"labels must be of shape {(batch, pairs)} as features has it, not {tuple(labels.shape)}")
+        raise ValueError(f"labels must be of shape {(batch, pairs)} to match features, not {tuple(labels.shape)}")
     if query.shape[0] != batch:
-        raise ValueError(f"query must be of batch size {batch} as features is, not {query.shape[0]}")
+        raise ValueError(f"query must have batch size {batch} like features, not {query.shape[0]}")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, not {labels.dtype}")
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """See that labels are 0 to `num_classes` - 1. On a GPU that would wait; there, and where labels have no values yet (on the
-    meta device, while tracing, inside vmap), the embedding itself looks.
+    """Check that labels on a CPU are 0 to `num_classes` - 1. Elsewhere the embedding checks: reading labels on a GPU would
+    wait, and labels without values (on the meta device, while tracing, inside vmap) cannot be read.
 
     Raises:
-        ValueError: they are not.
+        ValueError: a label is out of range.
     """
     if labels.device.type != "cpu" or not labels.numel() or torch.compiler.is_compiling():
         return
@@ -70,7 +70,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 def refuse_misspelled(given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises ValueError for a name that is nearly a known one."""
+    """Raises ValueError for an unknown name that is close to a known name."""
     for name in given:
         if name not in known and (close := difflib.get_close_matches(name, known, n=1, cutoff=0.85)):
-            raise ValueError(f"{name} is no option of the network; did you mean {close[0]}?")
+            raise ValueError(f"{name} is not an option of the network; did you mean {close[0]}?")

@@ -1,4 +1,4 @@
-"""The time loop of the network, and its recomputation in the backward pass. It knows nothing of neurons."""
+"""The time loop of the network, for any step function, and its recomputation in the backward pass."""
 
 import contextlib
 import functools
@@ -13,17 +13,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 # step(state, *inputs at one time step) -> state, outputs at that time step. A state is a (nested) tuple of tensors.
 Step = Callable[..., tuple[Any, tuple[Tensor, ...]]]
 
-_thread = threading.local()  # `_thread.run` runs the steps in place of `run_steps` (models/backends/compiled.py)
+_thread = threading.local()  # `_thread.run` runs the steps instead of `run_steps` (models/backends/compiled.py)
 
 
 def through_time(step: Step, state: Any, *inputs: Tensor, recompute_every: int | None = None) -> tuple[Any, tuple[Tensor, ...]]:
     """Apply `step` at every time step.
 
     Args:
-        state: before the first time step.
-        inputs: each B x time x ...; a step is given their slices B x ...
-        recompute_every: while gradients are recorded, keep the state only at every this many steps, and recompute the
-            steps between in the backward pass. None: automatic differentiation keeps every step.
+        state: the state before the first time step.
+        inputs: each B x time x ...; a step gets slices B x ...
+        recompute_every: N: while gradients are recorded, keep the state only at every N-th step and recompute the steps
+            between in the backward pass. None: automatic differentiation keeps every step.
 
     Returns:
         The state after the last time step, and the outputs, each B x time x ...
@@ -49,7 +49,7 @@ def run_steps(step: Step, state: Any, *inputs: Tensor) -> tuple[Any, tuple[Tenso
 
 
 def _learns(step: Step, state: Any, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether the step itself holds tensors that want a gradient: recomputation would not give them one."""
+    """Whether the step itself holds tensors that need a gradient: recomputation would not compute this gradient."""
     leaves, structure = tree_flatten(state)
     with torch.enable_grad(), torch.random.fork_rng(_devices(inputs)):  # a step may draw random numbers
         results = step(tree_unflatten([x.detach() for x in leaves], structure), *(x[:, 0].detach() for x in inputs))
@@ -81,7 +81,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, *gradients):
         tensors, number = ctx.saved_tensors, len(ctx.starts[0])
         inputs, grad_state, grad_outputs = tensors[:-number], gradients[:number], gradients[number:]
-        if torch.is_grad_enabled():  # a second derivative: automatic differentiation of all of it
+        if torch.is_grad_enabled():  # a second derivative: differentiate the whole run automatically
             with _random_numbers(inputs, ctx.random_states[0]):
                 found = _gradients(ctx.run, ctx.structure, tensors, number, gradients, create_graph=True)
             return None, None, None, None, *found
@@ -103,13 +103,13 @@ def _devices(tensors: tuple[Tensor, ...]) -> list[torch.device]:
 
 
 def _random_states(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Of the default generators of the CPU and of the devices of these tensors."""
+    """The states of the random generators of the CPU and of these tensors' GPUs."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(tensors))]
 
 
 @contextlib.contextmanager
 def _random_numbers(tensors: tuple[Tensor, ...], states: list[Tensor]) -> Iterator[None]:
-    """From these states on, as long as it is open."""
+    """Draw random numbers from these states on, inside the context."""
     with torch.random.fork_rng(_devices(tensors)):
         torch.set_rng_state(states[0])
         for device, state in zip(_devices(tensors), states[1:], strict=True):
@@ -118,7 +118,7 @@ def _random_numbers(tensors: tuple[Tensor, ...], states: list[Tensor]) -> Iterat
 
 
 def _gradients(run, structure, tensors, number, given, create_graph=False) -> list[Tensor | None]:
-    """Of a run from the inputs and the state (the last `number`) in `tensors`: their gradients, from those of its results."""
+    """Gradients of `tensors` (a run's inputs, then the `number` tensors of its state), from the results' gradients."""
     with torch.enable_grad():
         state, outputs = run(tree_unflatten(list(tensors[-number:]), structure), *tensors[:-number])
     results = [(x, g) for x, g in zip((*tree_flatten(state)[0], *outputs), given, strict=True) if g is not None]

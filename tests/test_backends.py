@@ -50,7 +50,7 @@ def assert_near(ours, exact):
 # Operands ---------------------------------------------------------------------------------------------------------------
 
 MISUSES = {
-    "query of another batch": (lambda m, f, c, q: m(f, c, q[:1]), "query must be of batch size 3"),
+    "query of another batch": (lambda m, f, c, q: m(f, c, q[:1]), "query must have batch size 3"),
     "labels for fewer pairs": (lambda m, f, c, q: m(f, c[:, :1], q), r"labels must be of shape \(3, 2\)"),
     "other features": (lambda m, f, c, q: m(f[..., :4], c, q[..., :4]), "feature_size 10, not 4 and 4"),
     "no sample dimension": (lambda m, f, c, q: m(f[0], c[0], q[0]), "features must be of shape B x L x F"),
@@ -148,7 +148,7 @@ class NoDataclass:
     "part, message",
     [
         ({"rule": own(HebbianRule, update=half)}, "does not know update of Own"),
-        ({"rule": own(HebbianRule, leak=0.1, __annotations__={"leak": float})}, "does not know a network with or without leak"),
+        ({"rule": own(HebbianRule, leak=0.1, __annotations__={"leak": float})}, "has other constants than the network"),
         ({"neuron": own(LIFNeuron, alpha=property(lambda self: 0.99))}, "does not know alpha of Own"),
         ({"neuron": NoDataclass()}, "does not know NoDataclass, only LIFNeuron"),
     ],

@@ -169,7 +169,7 @@ WRONG_FIELDS = [
     ("exp_avg_sq of parameter 1: .*not finite", ("optimizer", "state", 1, "exp_avg_sq", lambda m: m - 1)),
     ("memory_size must be of type int", ("params", "memory_size", "many")),
     ("thr must be finite", ("params", "thr", float("nan"))),
-    ("params: epochs: must be a number of 64 bits, a word,", ("params", "epochs", 10**400)),
+    ("params: epochs: must be a 64-bit number, a word,", ("params", "epochs", 10**400)),
     ("running: train_loss: holds a number that is not finite", ("running", {"train_loss": float("inf")})),
     ("history: train_loss: holds a number", ("history", [{"train_loss": "1.2"}])),
 ]
@@ -255,7 +255,7 @@ def test_a_network_is_saved_loaded_and_evaluated(tmp_path, capsys):
     [
         (models.build_model({}), {"memory_size": 21}, "memory_size 21: the network has 100"),
         (models.build_model({}), {"thr": -1.0}, r"thr -1\.0: the network has 0\.1"),
-        (models.build_model({}), {"tau_men": 20.0}, "tau_men is no option of the network; did you mean tau_mem"),
+        (models.build_model({}), {"tau_men": 20.0}, "tau_men is not an option of the network; did you mean tau_mem"),
         (torch.nn.Linear(1, 1), {}, "takes a MemorizingAssociations, not Linear"),
     ],
     ids=range(4),
@@ -295,11 +295,11 @@ SAVED = r"has neuron AdaptiveNeuron\(.*strength=40\.0\), rule OjaRule\(.*eta=0\.
 @pytest.mark.parametrize(
     ("saved", "given", "message"),
     [
-        (OWN, {}, f"{SAVED}, not the published neuron and rule; give those of the file: --neuron and --rule, or load_model"),
+        (OWN, {}, f"{SAVED}, not the paper's neuron and rule; give the file's by --neuron and --rule, or by load_model"),
         (OWN, {"neuron": OWN["neuron"]}, rf"{SAVED}, not neuron AdaptiveNeuron\(.*\); give"),
         (OWN, OWN | {"neuron": AdaptiveNeuron(strength=41.0)}, rf"{SAVED}, not .*strength=41\.0"),
         (OWN, OWN | {"rule": HebbianRule()}, rf"{SAVED}, not neuron AdaptiveNeuron\([^()]*\); give"),
-        ({}, {"rule": OWN["rule"]}, "has the published neuron and rule, not rule OjaRule"),
+        ({}, {"rule": OWN["rule"]}, "has the paper's neuron and rule, not rule OjaRule"),
         (ODD, {"neuron": OddNeuron(gains=GAINS)}, "has neuron OddNeuron"),
         (ODD, {"neuron": OddNeuron(surrogate=torch.sigmoid)}, r"has neuron OddNeuron\(.*relu.*, not .*sigmoid"),
     ],

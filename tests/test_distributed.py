@@ -50,7 +50,7 @@ def test_three_processes_train_like_one_and_one_resumes_after_ctrl_c(single, tmp
         *(*words, *distributed(3)), OMP_NUM_THREADS="3", SMALL_TASK_TRACE=str(trace), SMALL_TASK_FAIL="1:7:Ctrl-C"
     )
     assert (status, err) == (128 + signal.SIGINT, "")
-    assert out.count("interrupted in epoch 2 after 124 of 250 samples") == out.count("parameters learn") == 1
+    assert out.count("interrupted in epoch 2 after 124 of 250 samples") == out.count("parameters on") == 1
     check_steps(single, trace, 3)
     status, _, err = run(*words, "--resume", "auto")
     assert status == 0, err
@@ -161,7 +161,7 @@ TORCHRUN_ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LO
         (
             "--multiprocessing_distributed --device cpu",
             {},
-            "--dist_backend nccl: no GPU for it here; on CPUs: --dist_backend gloo",
+            "--dist_backend nccl: no usable GPU here; for CPUs: --dist_backend gloo",
         ),
         ("--world_size 2 --rank 1 --dist_backend gloo --dist_url tcp://nowhere.invalid:29", {}, "--dist_url: cannot resolve"),
     ],

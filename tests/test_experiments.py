@@ -71,7 +71,7 @@ def test_the_sweep_file_is_read_as_strictly_as_a_config(tmp_path):
     assert (first.name, second.name) == ("a/seed010-perfect_resetTrue", "b/seed3")
     wanted = {"seed": (10, 3), "batch_size": (7, 7), "perfect_reset": (True, False)}
     assert {name: (first.options[name], second.options[name]) for name in wanted} == wanted
-    for text, words in {"a: {seed: 1, seed: 2}": "seed is there twice", "a: {seed: 1:30}": "1:30", "a:": "options"}.items():
+    for text, words in {"a: {seed: 1, seed: 2}": "seed is given twice", "a: {seed: 1:30}": "1:30", "a:": "options"}.items():
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             sweep.read_sweep(path, tmp_path)

@@ -174,7 +174,7 @@ def test_a_run_killed_while_writing_its_first_checkpoint_can_start_again(number,
     [
         ("whole", "", "holds a run already"),
         ("whole", "--resume {other}/checkpoint.pth.tar", "holds a run already"),
-        ("whole", "--resume {folder}/model_best.pth.tar", "checkpoint.pth.tar is the last checkpoint of this run; resume that"),
+        ("whole", "--resume {folder}/model_best.pth.tar", "checkpoint.pth.tar is the last checkpoint of this run; resume it"),
         ("gone", "", "holds a run already"),
         ("gone", "--resume auto", f"holds {OPTIONS} and {METRICS} of a run, but no checkpoint"),
         ("empty", "--resume auto", "checkpoint.pth.tar: damaged"),
@@ -236,7 +236,7 @@ def largest_file(size: int):
 def test_a_dead_link_is_reported_as_a_dead_link(main, words, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dead").symlink_to("nowhere/at/all")
-    assert "dead is a link to what is not there" in refuse(capsys, *words.format(whole=whole).split(), main=main)
+    assert "dead is a broken link" in refuse(capsys, *words.format(whole=whole).split(), main=main)
 
 
 def test_a_file_size_limit_stops_the_run_and_keeps_the_checkpoint(folder, capsys):

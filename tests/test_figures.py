@@ -448,7 +448,7 @@ def test_linked_runs_are_found_once_and_unreadable_folders_are_named(tmp_path, c
         (folder / name).symlink_to(to)
     assert [result.name for result in results.read_results(folder)] == ["link", "own"]
     (folder / "gone").symlink_to(tmp_path / "nowhere")
-    assert f"{folder / 'gone'}: is a link to what is not there" in refused(capsys, "--metrics", folder)
+    assert f"{folder / 'gone'}: is a broken link" in refused(capsys, "--metrics", folder)
     (folder / "gone").unlink()
     iterdir = type(folder).iterdir
 

@@ -85,7 +85,7 @@ HUGE_WEIGHTS = {
     "reading_layer.W": huge(10**6, 16 + 10**6),
     "output_layer.weight": huge(3, 10**6),
 }
-OTHERS = "holds other elements than the file"
+OTHERS = "must hold floats, all of them in the file"
 HARMFUL = [  # changes to the file, and the error message
     ({"params": {"memory_size": 10**6}}, "does not fit the network"),
     ({"params": {"memory_size": 10**12}}, "memory_size must be at most"),
@@ -94,7 +94,7 @@ HARMFUL = [  # changes to the file, and the error message
     ({"state_dict": {"writing_layer.W": torch.empty(40, 32, device="meta")}}, OTHERS),
     ({"state_dict": {"encoding_layer.encoding": huge(10**5, 10**5)}}, f"encoding {OTHERS}"),
     ({"more": Call(bytearray, 8 * 10**9)}, "refused, it holds more than tensors and plain values"),
-    ({"params": {"thr": nest()}}, "params: thr: must be a number of 64 bits, a word, or a list of them"),
+    ({"params": {"thr": nest()}}, "params: thr: must be a 64-bit number, a word, or a list of them"),
     ({"history": [{"train_loss": nest()}]}, "history: train_loss: holds"),
     ({"running": {"loss": nest()}}, "running: loss: holds"),
     ({"parts": nest()}, "parts: must be a word"),
@@ -102,7 +102,7 @@ HARMFUL = [  # changes to the file, and the error message
     ({"epoch": nest()}, "epoch: must be a whole number"),
     ({"state_dict": {"\x1b[31m\n": torch.zeros(1)}}, r'(Unexpected key(s) in state_dict: "\x1b[31m'),
     ({"state_dict": {"x" * 10**6: torch.zeros(1)}}, "does not fit the network (Unexpected key"),
-    ({"parts": "\x1b[31m"}, r"has \x1b[31m, not the published neuron and rule"),
+    ({"parts": "\x1b[31m"}, r"has \x1b[31m, not the paper's neuron and rule"),
     ({"params": {"device": "cpu\x1b[31m\n"}}, "params: --device: "),
     ({"params": {"backend": "x" * 10**5}}, "params: --backend: "),
 ]

@@ -125,13 +125,13 @@ def test_a_network_can_be_built_from_all_options_of_a_run():
     [
         ({"thr": 0.0}, {}, "thr must be greater than 0"),
         ({"refractory_time_steps": 1.5}, {}, "refractory_time_steps must be of type int"),
-        ({"tau_mam": 10.0}, {}, "tau_mam is no option of the network; did you mean tau_mem"),
+        ({"tau_mam": 10.0}, {}, "tau_mam is not an option of the network; did you mean tau_mem"),
         (
             {"tau_mem": 10.0},
             {"neuron": LIFNeuron()},
-            r"tau_mem 10\.0: the neuron .* has 20\.0; leave one of them out",
+            r"tau_mem 10\.0: the given neuron has 20\.0; leave one of the two out",
         ),
-        ({"w_max": 2.0}, {"rule": HebbianRule()}, r"w_max 2\.0: the rule that is given has 1\.0"),
+        ({"w_max": 2.0}, {"rule": HebbianRule()}, r"w_max 2\.0: the given rule has 1\.0"),
         ({}, {"backend": "fast"}, "one of auto, triton, cpp, compiled, reference, or a function, not 'fast'"),
         ({}, {"backend": 3}, "or a function, not 3"),
     ],

@@ -86,7 +86,7 @@ def test_options_take_the_constants_of_a_given_neuron_object(capsys):
         ("--neuron math:pi", 2, "neuron: must have the methods of LIFNeuron; 3.14"),
         ("--rule mine:slow", 2, "lacks update_trace, update"),
         ("--rule mine:Fast", 1, "has no attribute 'Fast'"),
-        ("--neuron mine:slow --tau_mem 5", 2, "tau_mem 5.0: the neuron that is given has 7.0"),
+        ("--neuron mine:slow --tau_mem 5", 2, "tau_mem 5.0: the given neuron has 7.0"),
     ],
 )
 def test_an_unusable_neuron_or_rule_is_named(capsys, words, status, said):

@@ -1,18 +1,18 @@
-"""Checkpoints: written whole or not at all, read without executing anything they hold. The file format is described here.
+"""Checkpoints: written whole or not at all, and read without executing anything in them. This text describes the format.
 
 A checkpoint is a `torch.save` dictionary of plain values and tensors. Evaluating and plotting need `params` and `state_dict`:
 
     params       option name -> value
     state_dict   parameter name -> tensor
     epoch        number of finished epochs, which is the epoch to resume in
-    sample       training samples of that epoch already used (an interruption inside an epoch), else 0
+    sample       training samples of that epoch already used, if a signal interrupted it, else 0
     best_acc     highest validation accuracy so far, percent, a tensor
     optimizer    state of Adam
     history      one dictionary per epoch, the lines of the metrics file
     running      sums over the samples of the unfinished epoch
-    parts        text: an own neuron and an own rule with their constants, to compare with; nothing is imported by it
+    parts        text that describes an own neuron and an own rule, for comparison only: nothing is imported by its names
 
-The original implementation's checkpoints are read, too: their `params` is an `argparse.Namespace`, their parameter names may
+The original implementation's checkpoints can also be read: their `params` is an `argparse.Namespace`, their parameter names may
 carry the prefix `module.`, and they hold `encoding_layer.encoding`, a matrix of ones that is not learned.
 """
 
@@ -43,7 +43,7 @@ from utils.errors import UserError, reason, shown
 LAST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
 DEFAULTS = models.defaults()
-_ONES = "encoding_layer.encoding"  # of the original implementation, not learned
+_ONES = "encoding_layer.encoding"  # in the original implementation, not learned
 _MORE = "refused, it holds more than tensors and plain values"
 _FOREIGN = "not a checkpoint of this program or of the original implementation"
 
@@ -57,15 +57,15 @@ def load_model(
     """A trained network from a checkpoint, on the CPU.
 
     Args:
-        backend: as of `models.MemorizingAssociations`.
-        neuron, rule: those of the network, where it was saved with others than `LIFNeuron` and `HebbianRule`.
+        backend: as in `models.MemorizingAssociations`.
+        neuron, rule: the network's own neuron and rule, if it was saved with any.
 
     Raises:
-        UserError: no such file, damaged, no checkpoint, or of another neuron or rule.
+        UserError: the file is missing, damaged or not a checkpoint, or its neuron or rule differs.
     """
     checkpoint = load(path)
     try:
-        with torch.device("meta"):  # initial weights, which are replaced, take no memory and no random numbers
+        with torch.device("meta"):  # the initial weights are replaced, so they take no memory and no random numbers
             model = models.build_model(checkpoint["params"], backend, neuron, rule)
     except ValueError as wrong:
         raise UserError(f"{path}: {wrong}") from wrong
@@ -75,14 +75,14 @@ def load_model(
 
 
 def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | None = None) -> None:
-    """Save a network so that `load_model` takes it, and, with the published neuron and rule, --evaluate and the plot script.
+    """Save a network for `load_model`, and, with the paper's neuron and rule, for --evaluate and the plot script.
 
     Args:
         model: a `MemorizingAssociations`, or one that `torch.compile`, `DistributedDataParallel` or `AveragedModel` wraps.
-        options: more to record, such as the `sequence_length` that it was trained with.
+        options: more options to record, such as the `sequence_length` in training.
 
     Raises:
-        ValueError: not such a network, a misspelled option, or one that is not this network's.
+        ValueError: the model is no such network, or an option is misspelled or differs from the network's.
         UserError: the file cannot be written.
     """
     network: Any = model
@@ -94,7 +94,7 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
     refuse_misspelled(options, [*DEFAULTS, "sequence_length"])
     parts = (network.sizes, dynamics, dynamics.neuron, dynamics.rule)
     own = {name: getattr(part, name) for part in parts for name in DEFAULTS if hasattr(part, name)}
-    # Plain numbers: a NumPy number, which is a float, too, is more than a reader of plain values takes.
+    # Plain numbers only: `load` refuses NumPy numbers, even those that are also Python floats.
     own = {name: type(DEFAULTS[name])(value) for name, value in own.items() if isinstance(value, bool | int | float)}
     for name, value in options.items():
         if own.get(name, value) != value:
@@ -105,8 +105,8 @@ def save_model(path: str | Path, model: nn.Module, options: Mapping[str, Any] | 
 
 
 def described(dynamics: Dynamics) -> str:
-    """Classes and constants of an own neuron and an own rule as a text that is the same in every process. The published ones,
-    whose constants are options, are left out."""
+    """Classes and constants of an own neuron and an own rule, as a text that is the same in every process. The paper's neuron
+    and rule are left out, because their constants are options."""
     texts = []
     for name, part in {"neuron": dynamics.neuron, "rule": dynamics.rule}.items():
         if type(part) not in (LIFNeuron, HebbianRule):
@@ -124,16 +124,15 @@ def _text(constant: Any) -> str:
 
 
 def load_weights(model: MemorizingAssociations, checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Give a network the weights of a checkpoint. Raises UserError, naming the file, where it is of another neuron or rule, or
-    of other sizes."""
+    """Give a network the weights of a checkpoint. Raises UserError if the file's neuron, rule or sizes differ."""
     _check_parts(model, checkpoint["parts"], path)
     _fill(model, checkpoint["state_dict"], path)
 
 
 def _check_parts(model: MemorizingAssociations, saved: str, path: str | Path) -> None:
     if saved != (own := described(model.dynamics)):
-        usual = "the published neuron and rule"
-        remedy = "give those of the file: --neuron and --rule, or load_model(path, neuron=..., rule=...)"
+        usual = "the paper's neuron and rule"
+        remedy = "give the file's by --neuron and --rule, or by load_model(path, neuron=..., rule=...)"
         raise UserError(f"{path}: has {shown(saved or usual)}, not {own or usual}; {remedy}")
 
 
@@ -149,10 +148,10 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> 
 
 
 def save(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that `path` holds, at any moment, the old one or the new one, whole.
+    """Write a checkpoint. At any moment, `path` holds either the whole old file or the whole new file.
 
     Raises:
-        UserError: the file cannot be written; what stood there stays.
+        UserError: the file cannot be written; the old file stays.
     """
     write_atomically(path, lambda file: torch.save(dict(checkpoint), file))
 
@@ -161,17 +160,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replace a file by what `write(binary file)` writes: a temporary file in the same folder, fsync, rename.
 
     Raises:
-        UserError: it cannot be written; what stood there stays.
+        UserError: the file cannot be written; the old file stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # never what somebody else put there, such as a link
+        with open(temporary, "xb") as file:  # never a file or a link that somebody else put there
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as failure:  # PyTorch's writer of archives turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as failure:  # PyTorch turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
         why = reason(failure, path) if isinstance(failure, OSError) else str(failure).splitlines()[0]
@@ -185,7 +184,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def remove_left_behind(path: Path) -> None:
-    """Remove the temporary files of writers of `path` that were killed. Nobody may be writing it."""
+    """Remove the temporary files of killed writers of `path`. No process may be writing `path`."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)
 
@@ -194,13 +193,13 @@ def remove_left_behind(path: Path) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint: every key described above, the original implementation's converted. What may be absent has the value
-    of a new training; `optimizer` is None where the file holds no state of Adam for this network.
+    """Read a checkpoint, also of the original implementation: the result has every key described above.
 
-    Nothing in the file is executed: only tensors and plain values are unpickled.
+    A key that the file lacks has the value of a new run; `optimizer` is None if the file holds no state of Adam for this
+    network. Nothing in the file is executed: only tensors and plain values are unpickled.
 
     Raises:
-        UserError: no such file, damaged, or not such a checkpoint.
+        UserError: the file is missing, damaged or not a checkpoint.
     """
     path = Path(path)
     try:
@@ -233,10 +232,11 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def find(folder: Path, names: tuple[str, ...] = (LAST, BEST), quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The first whole checkpoint of these names in a run folder and its path, or None. What is damaged is reported.
+    """The path and content of the first undamaged checkpoint of these names in a run folder, or None. Damaged checkpoints are
+    reported.
 
     Raises:
-        UserError: there are checkpoints, and none is whole (with `quiet`: None).
+        UserError: all checkpoints are damaged (with `quiet`: None).
     """
     failures = []
     for path in (folder / name for name in names):
@@ -256,15 +256,15 @@ def find(folder: Path, names: tuple[str, ...] = (LAST, BEST), quiet: bool = Fals
 
 
 def _read(path: Path) -> Any:
-    """What a `torch.save` file holds. Raises OSError, or ValueError saying what is wrong with it."""
+    """The content of a `torch.save` file. Raises OSError, or ValueError that says what is wrong with the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise ValueError("refused, it is compressed, which torch.save never does")
-                if entry.external_attr & 0x10:  # marked as a folder, it would be read as whatever stands in memory
+                if entry.external_attr & 0x10:  # an entry marked as a folder would be read as arbitrary memory
                     raise ValueError(f"damaged in {entry.filename!r}; use another checkpoint")
-                if entry.filename.endswith(".pkl") and b"bytearray" in archive.read(entry):  # of any size, from a few bytes
+                if entry.filename.endswith(".pkl") and b"bytearray" in archive.read(entry):  # a few bytes make one of any size
                     raise ValueError(_MORE)
             if damaged := archive.testzip():
                 raise ValueError(f"damaged in {damaged!r}; use another checkpoint")
@@ -274,20 +274,20 @@ def _read(path: Path) -> Any:
         raise ValueError(_MORE) from failure
     except ValueError:
         raise
-    except Exception as failure:  # there is no telling what a damaged archive or pickle raises
-        if isinstance(failure, OSError) and failure.filename:  # it cannot be opened
+    except Exception as failure:  # a damaged archive or pickle may raise anything
+        if isinstance(failure, OSError) and failure.filename:  # the file cannot be opened
             raise
         raise ValueError("damaged, or not a checkpoint; use another one") from failure
 
 
-# What a file holds, checked and in today's form. What is wrong is a ValueError.
+# The content of a file, checked and converted to today's form. Errors are ValueErrors.
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A number, a word, or a list of them: nests may unfold without an end, as may whole numbers."""
+    """A number, a word, or a list of them. Nested lists and longer integers are refused: they may be arbitrarily large."""
     for one in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(one, bool | int | float | str | None) or (isinstance(one, int) and abs(one) >= 2**63):
-            raise ValueError(f"{name}: must be a number of 64 bits, a word, or a list of them")
+            raise ValueError(f"{name}: must be a 64-bit number, a word, or a list of them")
     return value
 
 
@@ -314,12 +314,12 @@ def _numbers(where: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
-    _number(name, float(tensor.abs().max()))  # not finite where one of them is not
+    _number(name, float(tensor.abs().max()))  # not finite if any element is not
     return tensor
 
 
 def _today(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums of an unfinished epoch; v0.3 had other names, and counted correct samples where there are percents today."""
+    """Sums of an unfinished epoch; v0.3 had other names, and counted correct samples instead of percents."""
     renamed = {"loss": ("train_loss", 1), "accuracy": ("train_accuracy", 100), "regularization": ("rate_regularization", 1)}
     today = {name: renamed.get(name, (name, 1)) for name in sums}
     return {today[name][0]: today[name][1] * value for name, value in sums.items()}
@@ -334,7 +334,7 @@ def metrics_line(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(params: Any) -> dict[str, Any]:
-    """The options, those of a network possible; the original implementation keeps them in a namespace."""
+    """The options, checked; the original implementation keeps them in a namespace."""
     if isinstance(params, argparse.Namespace):
         params = vars(params) | {"inf_data": int(params.inf_data)}
     params = {name: _plain(f"params: {name}", value) for name, value in params.items()}
@@ -343,17 +343,17 @@ def _options(params: Any) -> dict[str, Any]:
 
 
 def _own_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel, `torch.compile` and AveragedModel add to the names."""
+    """The weights, without the prefixes and counts of DistributedDataParallel, `torch.compile` and AveragedModel."""
     names = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state_dict.items()}
     return {name: value for name, value in names.items() if name != "n_averaged"}
 
 
 def _check_weights(params: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """See that weights have storages of their own size and the sizes of the options, before anything is built from either."""
+    """Check that weights have storages of their own size and fit the options, before a network is built from them."""
     for name, weight in weights.items():
         size = weight.numel() * weight.element_size()
         if not weight.is_floating_point() or weight.is_meta or weight.untyped_storage().nbytes() < size:
-            raise ValueError(f"state_dict: {name} holds other elements than the file")
+            raise ValueError(f"state_dict: {name} must hold floats, all of them in the file")
     with torch.device("meta"):  # without memory
         network = MemorizingAssociations(*models.constants(params))
     _fill(network, {name: weight.to("meta") for name, weight in weights.items() if name != _ONES}, path)
@@ -362,7 +362,7 @@ def _check_weights(params: Mapping[str, Any], weights: Mapping[str, Tensor], pat
 def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Adam's state without the matrix of ones, which counts as the third parameter in the original implementation.
 
-    None where it is not that of an Adam with PyTorch's defaults over these weights.
+    None if it is not the state of an Adam with PyTorch's defaults for these weights.
     """
     usual = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
     try:
@@ -375,7 +375,7 @@ def _adam(optimizer: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | Non
             step, *means = (state[old][part] for part in ("step", "exp_avg", "exp_avg_sq"))
             if float(step) < 0 or any(mean.shape != weight.shape for mean in means):
                 return None
-            moments[new] = {"step": torch.tensor(float(step), device="cpu")}  # PyTorch before 1.12 counted in a plain number
+            moments[new] = {"step": torch.tensor(float(step), device="cpu")}  # before PyTorch 1.12, steps were a plain number
             moments[new] |= {"exp_avg": means[0].contiguous(), "exp_avg_sq": means[1].contiguous()}
         if any(group.get(name, value) != value for name, value in usual.items()):
             return None

@@ -31,7 +31,7 @@ def choose(name: str, gpu: int | None) -> torch.device:
 
 
 def available(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a checkpoint's run without a device or a backend that is not here, so that `auto` takes another one."""
+    """A checkpoint's options without a device or a backend that is not available here, so that `auto` takes another one."""
     found = dict(record)
     if found.get("device") == "cuda" and not torch.cuda.is_available():
         del found["device"]
@@ -39,11 +39,11 @@ def available(record: Mapping[str, Any]) -> dict[str, Any]:
         try:
             backends.load(backend, "cuda" if torch.cuda.is_available() and found.get("device") != "cpu" else "cpu")
         except BackendError as reason:
-            print(f"the checkpoint's run used another backend, {backend}: {reason}", file=sys.stderr)
+            print(f"the checkpoint's backend {backend} cannot run here: {reason}", file=sys.stderr)
             del found["backend"]
     return found
 
 
 def unused_gpu(device: torch.device) -> str:
-    """A hint where a CPU is used beside a GPU."""
+    """A hint if a CPU is used although there is a GPU."""
     return "; there is a GPU: use --device cuda --backend auto" if device.type == "cpu" and torch.cuda.is_available() else ""

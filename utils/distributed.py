@@ -1,4 +1,4 @@
-"""Several processes that train one network, by `torch.distributed`. Without a process group, all of this is the one process."""
+"""Several processes that train one network, by `torch.distributed`. Without a process group, the only process has rank 0."""
 
 import sys
 from typing import Any
@@ -14,7 +14,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process among all of all nodes."""
+    """Number of this process among the processes of all nodes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -24,13 +24,13 @@ def is_main() -> bool:
 
 
 def shard(start: int, stop: int) -> tuple[int, int]:
-    """The part of a range of samples that is this process's; the parts of all processes make up the range. It may be empty."""
+    """This process's part of a range of samples, which may be empty. The parts of all processes make up the range."""
     size = stop - start
     return start + size * rank() // world_size(), start + size * (rank() + 1) // world_size()
 
 
 def all_reduce(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """The sum over the processes, or what else `op` says. Not differentiated through."""
+    """The sum over the processes, or the result of another `op`, without a gradient."""
     values = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(values, op)
@@ -43,7 +43,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def broadcast_object(value: Any) -> Any:
-    """What the main process holds here; the others' is ignored."""
+    """The main process's value, in every process."""
     if world_size() == 1:
         return value
     holder = [value if is_main() else None]
@@ -59,9 +59,9 @@ def print_rank0(message: str) -> None:
 
 
 def batch_mean(values: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
-    """Means over a batch that is spread over the processes, for each name 1 x N from this process's part (n x N).
+    """Means over a batch that is spread over the processes: for each name 1 x N, from this process's part (n x N).
 
-    The gradient goes to this process's samples: summed over the processes it is that of the mean over the whole batch.
+    The gradient goes to this process's samples. Summed over the processes, it is the gradient of the mean over the batch.
     """
     means = {}
     for name, value in values.items():

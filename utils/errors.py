@@ -20,13 +20,13 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """Options that cannot be meant."""
+    """Invalid options."""
 
 
 def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorator of a program's `main`: what the user can fix is one line on stderr, without a traceback.
+    """Decorator of a program's `main`: an error that the user can fix prints one line on stderr, without a traceback.
 
-    The exit status is 2 for options that cannot be meant, 130 after Ctrl-C (a training saves first), else 1.
+    The exit status is 2 for invalid options, 130 after Ctrl-C (a run saves first), else 1.
     """
 
     @functools.wraps(main)
@@ -51,22 +51,22 @@ def in_one_line(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def shown(text: object) -> str:
-    """What a file or a user says, in a message: one printable line that is not longer than a few on a terminal."""
+    """Text of a file or a user, for a message: one printable line of about 600 characters at most."""
     line = " ".join(str(text).split())
     line = line if line.isprintable() else line.encode("unicode_escape").decode()
     return line if len(line) < 600 else line[:600] + " ..."
 
 
 def reason(failure: OSError, path: Path) -> str:
-    """Why a path cannot be used; of a link that leads nowhere, the system says that it exists, or that it does not."""
+    """Why a path cannot be used. For a broken link, the system's own text can be misleading."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
-            return f"{place} is a link to what is not there"
+            return f"{place} is a broken link"
     return failure.strerror or str(failure)
 
 
 def not_finite(where: str, what: str, dynamics: models.Dynamics) -> UserError:
-    """What stops a network whose numbers are not finite: the constants that are not at their defaults, or the training."""
+    """The error for numbers that are not finite. The remedy names the constants that are not at their defaults, if any."""
     of_parts = [(part, field) for part in (dynamics.rule, dynamics, dynamics.neuron) for field in fields(part)]
     values = {field.name: (getattr(part, field.name), field.default) for part, field in of_parts}
     changed = [f"--{n} {value}" for n, (value, usual) in values.items() if isinstance(usual, float) and value != usual]
@@ -77,7 +77,7 @@ def not_finite(where: str, what: str, dynamics: models.Dynamics) -> UserError:
 
 @contextlib.contextmanager
 def out_of_memory_in_one_line(batch_size: int) -> Iterator[None]:
-    """Turn a lack of memory, on the CPU or on a GPU, into a UserError that names a smaller batch (1 or 0: smaller sizes)."""
+    """If the CPU's or the GPU's memory runs out, raise a UserError that names a smaller batch (1 or 0: a smaller network)."""
     try:
         yield
     except (MemoryError, RuntimeError) as failure:
@@ -89,7 +89,7 @@ def out_of_memory_in_one_line(batch_size: int) -> Iterator[None]:
 
 
 class _Output(io.FileIO):
-    """Standard output or standard error, which may be lost: its reader may go, as in `... | head`, or the disk be full."""
+    """Standard output or standard error. It may be lost: its reader ends, as in `... | head`, or the disk is full."""
 
     lost = False
 
@@ -104,13 +104,13 @@ class _Output(io.FileIO):
 
 
 def prepare_output() -> None:
-    """Show warnings in one line, and continue when an output is closed, is lost or cannot spell a name."""
+    """Show warnings in one line, and continue if an output is closed, is lost or cannot encode a character."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed from the start; its place is taken, or the next file would get what libraries print
+        if stream is None:  # closed from the start: without a substitute, libraries would print into the next opened file
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
-            os.set_inheritable(getattr(sys, name).fileno(), True)  # for processes that this one starts, too
+            os.set_inheritable(getattr(sys, name).fileno(), True)  # also for the processes that this one starts
         elif stream is getattr(sys, f"__{name}__"):
             raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))

@@ -1,4 +1,4 @@
-"""Signals from a terminal or a batch system that is about to stop a job end a training after the step at hand."""
+"""After a signal from a terminal or a batch system, a run finishes the current step, saves and stops."""
 
 import signal
 import threading
@@ -8,13 +8,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal
 
 
 class Interruption:
-    """Remembers that a signal came. While it is in force the first signal only sets `signal`; a second one acts as usual.
+    """Remembers a signal. Inside the context, the first signal only sets `signal`; a second signal acts as usual.
 
-    A signal that was ignored (`nohup`) stays ignored. In a thread, which Python tells of no signal, none comes.
+    A signal that was ignored (`nohup`) stays ignored. Outside the main thread nothing happens: Python sends no signals there.
 
     Args:
-        patient: a second one changes nothing, either. One of several processes may get a signal twice, from a batch system and
-            from the process that started it, which is also the one that loses patience.
+        patient: a second signal also changes nothing. One of several processes may get a signal twice: from a batch system and
+            from the process that started it. Only the starting process ends at a second signal.
     """
 
     def __init__(self, patient: bool = False):
@@ -38,5 +38,5 @@ class Interruption:
 
     @property
     def status(self) -> int:
-        """The exit status by which a shell tells a signal."""
+        """The exit status that stands for the signal in a shell."""
         return 128 + self.signal if self.signal else 0

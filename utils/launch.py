@@ -1,7 +1,7 @@
-"""The processes of a distributed training: how they start, meet, agree and end.
+"""The processes of a distributed run: how they start, connect, agree and end.
 
 Without torchrun, this program is started once on each of `--world_size` nodes and starts one process per GPU there by
-`torch.multiprocessing`; torchrun starts the processes itself. All meet at a store of rank 0, at the address of `--dist_url`.
+`torch.multiprocessing`. torchrun starts the processes itself. All processes connect to rank 0 at `--dist_url`.
 """
 
 import argparse
@@ -32,25 +32,25 @@ from utils.errors import UsageError, UserError, prepare_output
 from utils.interruption import Interruption
 from utils.run import commit
 
-_MOMENT = 2.0  # seconds that a process which lost another one waits before it ends, so that the cause is seen first
+_MOMENT = 2.0  # seconds that a process waits before it reports a lost process, so that the cause is reported first
 _GRACE = 4.0  # seconds for the processes of a node to end by themselves after one of them failed
-_TOLD, _LOST = 1, 3  # exit status of a process that has said what is wrong, and of one that lost another
+_TOLD, _LOST = 1, 3  # exit status of a process that has reported its error, and of one that lost another process
 
 _NO_PORT = (
-    "the port of --dist_url {url} cannot be used here (in use, or reserved); choose another one, the same on all nodes, "
-    "and start one --rank 0 only (SLURM: --ntasks-per-node=1)"
+    "the port of --dist_url {url} cannot be used here (in use, or reserved); choose another port, the same on all nodes, "
+    "and start --rank 0 only once (SLURM: --ntasks-per-node=1)"
 )
 _NOT_MET = (
-    "not all nodes met at {url} within {seconds:g} s; start the node of --rank 0 there, every other one with its own --rank, "
-    "all with the same --dist_url, --world_size (number of nodes) and number of processes; or wait longer (--dist_timeout "
-    "SECONDS); see that no firewall is between, and that nothing else listens there; on hosts whose own name is loopback, set "
-    "GLOO_SOCKET_IFNAME to the network interface"
+    "not all nodes met at {url} within {seconds:g} s; start --rank 0 at this address, every other node with its own --rank, "
+    "and all nodes with the same --dist_url, --world_size (number of nodes) and number of processes; or wait longer "
+    "(--dist_timeout SECONDS); check that no firewall and no other program blocks the port; on hosts whose own name is "
+    "loopback, set GLOO_SOCKET_IFNAME to the network interface"
 )
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a node's processes: `processes` of them, from `node * processes` on."""
+    """The ranks of a node's processes, the first of which is `node * processes`."""
 
     url: str  # tcp://HOST:PORT of rank 0
     node: int
@@ -60,7 +60,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether the checkpoint is read here, and rank 0 runs."""
+        """Whether the checkpoint is read and rank 0 runs here."""
         return self.node == 0 and not self.local_rank
 
     @property
@@ -72,16 +72,16 @@ class Ranks:
 
 
 def find_ranks(args: argparse.Namespace) -> Ranks | None:
-    """This node's ranks by the options, or by the environment (env://, torchrun). None: one process trains alone.
+    """This node's ranks from the options or the environment (env://, torchrun). None: one process trains alone.
 
     Raises:
-        UsageError: they give none.
+        UsageError: the options or the environment are wrong.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         names = ("GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
         node, size, processes, local_rank = (int(_variable(name)) for name in names)
         if size % processes:
-            raise UsageError(f"torchrun: {size} processes do not divide into nodes of {processes}; start as many on each node")
+            raise UsageError(f"torchrun: {size} processes do not divide into nodes of {processes}; start equally many on each")
         return Ranks(_url_of_environment(), node, size // processes, processes, local_rank)
 
     url, nodes, node = args.dist_url, args.world_size, args.rank
@@ -94,7 +94,7 @@ def find_ranks(args: argparse.Namespace) -> Ranks | None:
     if nodes < 1:
         raise UsageError(f"--world_size {nodes}: must be the number of nodes, at least 1")
     if not 0 <= node < nodes:
-        raise UsageError(f"--rank {node}: must be the number of this node, from 0, and below --world_size {nodes}, the nodes")
+        raise UsageError(f"--rank {node}: must be the number of this node, from 0, and below --world_size {nodes}")
     several = args.multiprocessing_distributed or args.processes_per_node
     if nodes == 1 and args.dist_url != "env://" and not several:
         return None
@@ -124,16 +124,16 @@ def _variable(name: str, pattern: str = r"\d+") -> str:
 
 
 def check(ranks: Ranks | None, args: argparse.Namespace) -> None:
-    """Raises UserError where this node cannot take part."""
+    """Raises UserError if this node cannot take part."""
     if ranks is None:
         return
     gpus = _gpus(args)
     if args.dist_backend == "nccl" and not (gpus and dist.is_nccl_available()):
-        raise UserError("--dist_backend nccl: no GPU for it here; on CPUs: --dist_backend gloo --processes_per_node N")
+        raise UserError("--dist_backend nccl: no usable GPU here; for CPUs: --dist_backend gloo --processes_per_node N")
     if args.dist_backend == "mpi" and not dist.is_mpi_available():
         raise UserError("--dist_backend mpi: this PyTorch is built without MPI; use gloo (CPUs) or nccl (GPUs)")
     if gpus and ranks.processes > gpus:
-        raise UserError(f"--processes_per_node {ranks.processes}: only {gpus} GPUs here, one per process; or use --device cpu")
+        raise UserError(f"--processes_per_node {ranks.processes}: there are {gpus} GPUs, one per process; or use --device cpu")
     try:
         socket.getaddrinfo(urlsplit(ranks.url).hostname, None)
     except (OSError, UnicodeError) as failure:
@@ -146,13 +146,13 @@ def _gpus(args: argparse.Namespace) -> int:
 
 
 def run(job: Callable[..., int], ranks: Ranks | None, args: argparse.Namespace, *others, remedy: str = "") -> int:
-    """Run `job(args, *others)` in every process, with a process group around it, with what rank 0 has for `args` and `others`.
+    """Run `job(args, *others)` in every process of a process group, with rank 0's `args` and `others`.
 
     Args:
-        remedy: said when a process died.
+        remedy: printed if a process died.
 
     Returns:
-        The exit status, after a line on stderr where a process failed.
+        The exit status. If a process failed, a line on stderr says so.
     """
     if ranks is None:
         return job(args, *others)
@@ -160,8 +160,8 @@ def run(job: Callable[..., int], ranks: Ranks | None, args: argparse.Namespace, 
         _work(ranks.local_rank, job, ranks, args, others, remedy)
     for kernel in backends.KERNELS:
         if args.backend in ("auto", kernel):
-            with suppress(BackendError):  # which each process raises, too
-                backends.load(kernel, "cuda" if _gpus(args) else "cpu")  # compiled once, before there are processes
+            with suppress(BackendError):  # each process raises it again
+                backends.load(kernel, "cuda" if _gpus(args) else "cpu")  # compile once, before the processes start
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # PyTorch logs a lost connection with a stack of C++ calls
     with Interruption() as interruption:
         children, passed_on = mp.spawn(_work, (job, ranks, args, others, remedy), ranks.processes, join=False), False
@@ -185,11 +185,11 @@ def run(job: Callable[..., int], ranks: Ranks | None, args: argparse.Namespace, 
 
 
 def _work(local_rank: int, job: Callable[..., int], ranks: Ranks, args, others: tuple, remedy: str) -> NoReturn:
-    """What each process does: join the others, run the job with what rank 0 has, say what failed.
+    """A process joins the others, runs the job with rank 0's arguments and reports an error.
 
-    It ends at once: a broken process group may not come to its end, and PyTorch's threads may abort in that of the interpreter.
+    It ends by `os._exit`: a broken process group may never shut down, and PyTorch's threads may abort as the interpreter ends.
     """
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves behind
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a killed process leaves behind
     rank, status = ranks.rank(local_rank), _TOLD
     try:
         _join(ranks, local_rank, args)
@@ -223,15 +223,15 @@ def _software() -> str:
 
 
 def _join(ranks: Ranks, local_rank: int, args: argparse.Namespace) -> None:
-    """Meet the other processes.
+    """Connect to the other processes.
 
     Raises:
-        UserError: they do not come in time.
+        UserError: not all processes connect in time.
     """
     threads = torch.get_num_threads()
     if ranks.local_rank is None:
         threads //= ranks.processes
-    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own, unless it was set
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets 1 unless the user set a number
         threads = len(os.sched_getaffinity(0)) // ranks.processes
     torch.set_num_threads(max(threads, 1))
     prepare_output()
@@ -242,7 +242,7 @@ def _join(ranks: Ranks, local_rank: int, args: argparse.Namespace) -> None:
     backend = "cpu:gloo,cuda:nccl" if args.dist_backend == "nccl" else args.dist_backend
     not_met = _NOT_MET.format(url=ranks.url, seconds=args.dist_timeout)
 
-    def give_up() -> None:  # where what listens there does not answer, PyTorch waits without an end
+    def give_up() -> None:  # PyTorch waits forever if another program listens at this address
         print(f"error: rank {ranks.rank(local_rank)}: {not_met}", file=sys.stderr, flush=True)
         os._exit(_TOLD)
 

@@ -1,4 +1,4 @@
-"""What a run measures: means over an epoch, and the files that hold them."""
+"""The measurements of a run: means over an epoch, and the files that hold them."""
 
 import contextlib
 import csv
@@ -21,13 +21,13 @@ class EpochMetrics:
     """Means over the samples of an epoch. The sums stay on the device, so that no step waits for them.
 
     Args:
-        running: what `totals` gave when the epoch was interrupted, or empty.
+        running: `totals()` at the interruption of the epoch, or empty.
     """
 
     def __init__(self, device: torch.device, running: Mapping[str, float]):
         running = dict(running)
         self._start = time.perf_counter() - running.pop("seconds", 0.0)
-        # Rank 0 alone continues the sums; those of the other processes are added to them.
+        # Only rank 0 continues the sums: `totals` adds the sums of all processes.
         own = running if distributed.is_main() else dict.fromkeys(running, 0.0)
         self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in own.items()}
 
@@ -48,7 +48,7 @@ class EpochMetrics:
         return {name: total / samples for name, total in totals.items()} | {"seconds": seconds}
 
     def shown(self) -> dict[str, float]:
-        """Loss and accuracy so far of this process."""
+        """This process's loss and accuracy so far."""
         samples = max(float(self._sums["samples"]), 1.0)  # its shard of the first batch may be empty
         return {name: float(self._sums[f"train_{name}"]) / samples for name in ("loss", "accuracy")}
 
@@ -66,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, also of an earlier release.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: the file cannot be read, or is not a metrics file.
     """
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -78,8 +78,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV file and say where. Raises UserError where that fails."""
-    with contextlib.suppress(OSError):  # what is wrong with the folder is reported with the file
+    """Write a CSV file and print its path. Raises UserError if it cannot be written."""
+    with contextlib.suppress(OSError):  # writing the file reports an error of the folder
         path.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.write_atomically(path, lambda file: file.write(to_csv(rows).encode()))
     print_rank0(f"table written to {path}")
@@ -98,7 +98,7 @@ class TensorBoard:
     """Scalars of every epoch for TensorBoard; without a folder it does nothing.
 
     Args:
-        epoch: finished epochs: what the folder holds of later ones is void.
+        epoch: number of finished epochs; scalars of later epochs in the folder become void.
 
     Raises:
         UserError: the package is not installed.

@@ -1,4 +1,4 @@
-"""An `argparse.ArgumentParser` that takes YAML files, too, and says in one line what is wrong; and types for its options."""
+"""An `argparse.ArgumentParser` that also reads YAML files and reports errors in one line, and types for its options."""
 
 import argparse
 import difflib
@@ -17,41 +17,41 @@ import yaml
 from models.constants import out_of_bounds
 from utils.errors import UsageError, UserError, reason, shown
 
-# Options that are gone, each with the value at which it changed nothing; records and checkpoints of v0.3 hold some of them.
+# Removed options, each with the value that had no effect; run folders and checkpoints of v0.3 hold some of them.
 REMOVED = {"network": "hebbian_snn", "rectified": "true", "positions": "false"}
 REMOVED |= {"adaptation": "", "tau_adaptation": "", "mixed_lengths": "0"}
-_ABSENT = object()  # of an option that is not given
+_ABSENT = object()  # the value of an option that is not given
 
 
 class Parser(argparse.ArgumentParser):
     """Options in both spellings (`--dist-url`, `--dist_url`), from the command line and from the YAML files of --config.
 
-    A file is read as the words `--name=value`, so that its values are checked like those of the command line.
+    A file is read as the words `--name=value`, so that files and the command line are checked alike.
 
     Args:
-        doc: the docstring of the script, whose first line describes it; `python -OO` has none.
+        doc: the docstring of the script, whose first line becomes the description; None with `python -OO`.
     """
 
     def __init__(self, doc: str | None):
         super().__init__(
             usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",
             description=(doc or "").partition("\n")[0],
-            epilog="Names may be written with hyphens, too. A switch takes true or false.",
+            epilog="Names may also be written with hyphens. A switch takes true or false.",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
-        self._negative_number_matcher = re.compile(r"-[.\d]|-inf|-nan")  # values, not options; argparse's own misses -1e-3
-        text = "read options from a YAML file; the command line overrides it, and a later file an earlier one"
+        self._negative_number_matcher = re.compile(r"-[.\d]|-inf|-nan")  # values, not options; argparse alone misses -1e-3
+        text = "read options from a YAML file; later files override earlier ones, and the command line overrides all"
         self.add_argument("--config", action="append", default=argparse.SUPPRESS, metavar="FILE.yaml", help=text)
         hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         for name, harmless in REMOVED.items():
             self.add_argument(f"--{name}", type=removed(harmless), nargs="?", const="true", **hidden)
 
     def given(self, words: Sequence[str] | None = None) -> dict[str, Any]:
-        """The options that are set by these words (default: the command line) and the YAML files that they name, by name.
+        """The options, by name, that these words (default: the command line) set, also through YAML files.
 
         Raises:
-            UsageError: in one line, with the option or the file.
+            UsageError: an option or a file is wrong. The message is one line that names it.
         """
         own = self._parse(sys.argv[1:] if words is None else words)
         found: dict[str, Any] = {}
@@ -59,14 +59,14 @@ class Parser(argparse.ArgumentParser):
             try:
                 values = self._parse(words_of_yaml(Path(os.path.expanduser(path))))
                 if "config" in values:
-                    raise UsageError("config: a file cannot name another one")
+                    raise UsageError("config: a file cannot name another file")
                 found |= values
             except UsageError as wrong:
                 raise UsageError(f"--config {shown(path)}: {wrong}") from None
         return found | own
 
     def complete(self, *values: Mapping[str, Any]) -> argparse.Namespace:
-        """All options: the defaults, and over them each of these mappings."""
+        """All options: the defaults, overridden by each of these mappings in turn."""
         found = {action.dest: action.default for action in self._actions if action.default != argparse.SUPPRESS}
         for more in values:
             found |= {name: value for name, value in more.items() if name in found}
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         if not name.startswith("--"):
             self.error(f"{short(word)}: not an option")
         known = [action.dest for action in self._actions if action.help != argparse.SUPPRESS]
-        initials = {"".join(part[0] for part in option.split("_")): option for option in known}  # lr
+        initials = {"".join(part[0] for part in option.split("_")): option for option in known}  # lr: learning_rate
         close = initials.get(name[2:]) or next(iter(difflib.get_close_matches(name[2:], known, n=1)), None)
         self.error(f"{name}: no such option" + (f", did you mean --{close}?" if close else ""))
 
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_words(path: Path) -> Any:
-    """What a YAML file holds; its scalars are words, as they stand there. Raises UsageError."""
+    """The content of a YAML file, with scalars as the words in the file. Raises UsageError."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Words)
     except OSError as failure:
@@ -113,21 +113,21 @@ def words_of_yaml(path: Path) -> list[str]:
         raise UsageError("must hold lines like 'memory_size: 100'")
     for name, value in (found or {}).items():
         if not all(isinstance(one, str) for one in (value if isinstance(value, list) else [value])):
-            raise UsageError(f"{short(name)}: must have one value, or a list of them")
+            raise UsageError(f"{short(name)}: must have one value, or a list of values")
     return words_of(found or {})
 
 
 class _Words(yaml.BaseLoader):
-    """YAML whose scalars stay words (null is none), so that `010` and `1:30` are what they are on the command line."""
+    """YAML whose scalars stay words (null is none), so that `010` and `1:30` mean the same as on the command line."""
 
     def construct_mapping(self, node, deep=False):
         found: dict[str, Any] = {}
         for pair in node.value:
             name, value = (self.construct_object(part, deep=True) for part in pair)
             if not isinstance(name, str):
-                raise yaml.YAMLError(f"{short(name)} is no option")
+                raise yaml.YAMLError(f"{short(name)} is not an option")
             if (name := name.replace("-", "_")) in found:
-                raise yaml.YAMLError(f"{name} is there twice")
+                raise yaml.YAMLError(f"{name} is given twice")
             found[name] = value
         merged = found.pop("<<", {})
         if not isinstance(merged, dict):
@@ -157,7 +157,7 @@ def dump(values: Mapping[str, Any]) -> str:
 
 
 def differences(values: Mapping[str, Any], record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """A phrase for each of these options that differs from the checkpoint's, where both have it."""
+    """A phrase for each of these options whose value differs from the checkpoint's."""
     both = [name for name in names if name in values and name in record and values[name] != record[name]]
     return [f"{name} {values[name]} (checkpoint: {record[name]})" for name in both]
 
@@ -168,10 +168,10 @@ OWN = ("neuron", "rule")
 
 
 def imported(option: str, text: str) -> Any:
-    """The class or object that a text MODULE:NAME stands for; None for an empty text.
+    """The class or object that a text MODULE:NAME names; None for an empty text.
 
     Raises:
-        UserError: it cannot be imported here.
+        UserError: the class or object cannot be imported here.
     """
     if not text:
         return None
@@ -185,19 +185,19 @@ def imported(option: str, text: str) -> Any:
 
 
 def constants_of_objects(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The constants of the objects, not classes, that are given as neuron and rule."""
+    """The constants of an own neuron and rule that are given as objects, not as classes."""
     parts = [imported(option, given.get(option, "")) for option in OWN]
     objects = [part for part in parts if part is not None and not isinstance(part, type)]
     return {field: getattr(part, field) for part in objects for field in getattr(part, "__dataclass_fields__", ())}
 
 
-# Types: functions of a word, which say in an ArgumentTypeError what is expected.
+# Types: functions of a word, which raise an ArgumentTypeError that says what is expected.
 
 
 def number(
     kind: type, low: float | None = None, high: float | None = None, above: float | None = None
 ) -> Callable[[str], int | float]:
-    """An int of 64 bits, or a finite float: from `low` to `high`, greater than `above`."""
+    """A 64-bit int or a finite float, from `low` to `high` and greater than `above`."""
 
     def convert(word: str) -> int | float:
         try:
@@ -206,7 +206,7 @@ def number(
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {what}, not {short(word)}") from None
         if kind is int and abs(value) >= 2**63:
-            raise argparse.ArgumentTypeError(f"must be a number of 64 bits, not {short(word)}")
+            raise argparse.ArgumentTypeError(f"must be a 64-bit number, not {short(word)}")
         if wrong := out_of_bounds(value, low=low, above=above, high=high):
             raise argparse.ArgumentTypeError(wrong)
         return value
@@ -215,7 +215,7 @@ def number(
 
 
 def of(constants: type, name: str) -> dict[str, Any]:
-    """Type, bounds and default of an option that is a constant of the model."""
+    """Type, bounds and default of an option for a constant of the model."""
     (field,) = (field for field in fields(constants) if field.name == name)
     if isinstance(field.default, bool):
         return SWITCH | {"default": field.default}
@@ -223,7 +223,7 @@ def of(constants: type, name: str) -> dict[str, Any]:
 
 
 def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The same, or none."""
+    """The same type, which also takes none."""
     return lambda word: None if word == "none" else convert(word)
 
 
@@ -237,14 +237,14 @@ SWITCH: dict[str, Any] = {"type": switch, "nargs": "?", "const": True, "default"
 
 
 def path(word: str) -> str:
-    """Printable text, in which ~ is the home folder; none is an empty one."""
+    """Printable text, in which ~ is the home folder; none means an empty text."""
     if not word.isprintable():
         raise argparse.ArgumentTypeError(f"must be printable text, not {short(word)}")
     return "" if word == "none" else os.path.expanduser(word)
 
 
 def module_and_name(word: str) -> str:
-    """MODULE:NAME of a class or an object; none, and v0.3's word for the paper's rule, are an empty text."""
+    """MODULE:NAME of a class or an object; `none`, and v0.3's word `hebbian` for the paper's rule, mean an empty text."""
     if word in ("", "none", "hebbian"):
         return ""
     if not re.fullmatch(r"[\w.]+:\w+", word):
@@ -259,13 +259,13 @@ def lengths(word: str) -> int | tuple[int, ...]:
         ends = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if not 1 <= first <= last <= first + 10_000:
-            raise argparse.ArgumentTypeError(f"must be one length or several, like 10, 2,5,10 or 2-10, not {short(word)}")
+            raise argparse.ArgumentTypeError(f"must be one length (10) or several (2,5,10 or 2-10), not {short(word)}")
         found += range(first, last + 1)
     return tuple(found) if len(found) > 1 else found[0]
 
 
 def removed(harmless: str) -> Callable[[str], str]:
-    """Of an option that is gone: any value is refused but the one that changed nothing."""
+    """The type of a removed option, which refuses any value but the one that had no effect."""
 
     def convert(word: str) -> str:
         if word.lower() != harmless:

@@ -1,4 +1,4 @@
-"""What a training shows: a bar on a terminal, a line now and then in a log, one line per epoch."""
+"""The display of a run: a bar on a terminal, a line now and then in a log, one line per epoch."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ from utils.distributed import print_rank0
 
 
 class Progress:
-    """Progress over the samples of a whole training, so that speed and time left are those of the run."""
+    """Progress over all samples of a run, with the speed and the time left."""
 
     QUIET = 60.0  # seconds after which a log gets a line
 
@@ -29,12 +29,12 @@ class Progress:
 
         Args:
             left: samples left in the epoch.
-            values: what to show; called only where something is shown.
+            values: returns the numbers to show; called only if they are shown.
         """
         self._done += samples
         self._steps += 1
         self._bar.update(samples)
-        if self._steps == 1:  # it allocates and compiles
+        if self._steps == 1:  # the first step allocates and compiles
             self._first, self._start = self._done, time.perf_counter()
         if self._steps % self._print_freq:
             return
@@ -43,7 +43,7 @@ class Progress:
             self._bar.set_postfix(values(), refresh=False)
         elif distributed.is_main() and time.perf_counter() - self._last_line >= self.QUIET:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values().items())
-            self._print(f"{title}, {left:,} samples left in it  {shown}")
+            self._print(f"{title}, {left:,} samples left in this epoch  {shown}")
 
     def epoch(self, metrics: Mapping[str, Any], epochs: int) -> None:
         """One epoch is done."""
@@ -65,11 +65,11 @@ class Progress:
 
 
 def report_silence(history: list[dict[str, Any]], names: Collection[str], *, below: float, remedy: str) -> None:
-    """Say which of these rates (Hz) fell below a bound in the last epoch, and which rose above it again."""
+    """Print which of these rates (Hz) fell below a bound in the last epoch, and which rose above it again."""
     now, before = history[-1], history[-2] if len(history) > 1 else {}
     for name in names:
         silent, was_silent = now[name] < below, before.get(name, math.inf) < below
         if silent and not was_silent:
-            print_rank0(f"warning: {name} fell silent (mean rate {now[name]:.2g} Hz), so nothing is learned through it{remedy}")
+            print_rank0(f"warning: {name} fell silent (mean rate {now[name]:.2g} Hz), so no gradient flows through it{remedy}")
         if was_silent and not silent:
             print_rank0(f"{name} fires again ({now[name]:.2g} Hz)")

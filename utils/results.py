@@ -1,6 +1,6 @@
-"""What runs leave to read, in their folders or kept compactly: three files per group, in place of four per run.
+"""The results of runs, in their folders or in an archive with three files per group of runs, instead of four per run.
 
-GROUP/runs.yaml     options that all runs of the group share; for each run what differs, and the commands that made it
+GROUP/runs.yaml     options that all runs of the group share; for each run its other options and its commands
 GROUP/metrics.csv   a row per epoch of each run, every number as in the run's metrics.jsonl
 GROUP/tests.csv     a row per tested length of each run, as in its accuracy_by_length.csv
 """
@@ -20,9 +20,9 @@ from utils.errors import UserError, reason
 from utils.metrics import read_metrics, to_csv
 from utils.run import METRICS, OPTIONS, TABLE
 
-COMMANDS = "command.txt"  # of a run of a sweep, beside what the task script keeps there
+COMMANDS = "command.txt"  # in the run folders of a sweep
 GROUP, GROUP_METRICS, GROUP_TESTS = "runs.yaml", "metrics.csv", "tests.csv"
-INDECISIVE = "workers prefetch_factor device backend print_freq logging".split()  # options that decide no result
+INDECISIVE = "workers prefetch_factor device backend print_freq logging".split()  # options that do not define the experiment
 OF_REPETITIONS = ["seed", "epochs", *INDECISIVE]  # options in which repetitions of a run may differ
 
 
@@ -37,13 +37,13 @@ class Result(NamedTuple):
 
 
 def read_results(*roots: Path) -> list[Result]:
-    """The runs below folders, kept either way, by group, length, seed and classes; or what one file of a run holds.
+    """The runs in folders and archives below these roots, sorted by group, length, seed and classes; or the run of a file.
 
     Args:
-        roots: each a folder, or a metrics file, or a table of --evaluate (options {} where none are beside it).
+        roots: each a folder, or a metrics file, or a table of --evaluate (options {} if no options.yaml is beside the file).
 
     Raises:
-        UserError: there are none, one is there twice, or something is damaged or cannot be read.
+        UserError: there are no runs, a run is there twice, or a file is damaged or cannot be read.
     """
     found: list[Result] = []
     for root in roots:
@@ -68,19 +68,19 @@ def _below(root: Path) -> list[Result]:
 
 
 def _refuse_copies(results: Sequence[Result]) -> None:
-    """A run that is there twice would count as two seeds. A copy may have gone on: the first epoch is compared."""
+    """Refuse a run that is there twice: it would count as two seeds. A copy may be longer, so only the first epoch counts."""
     known: dict[str, str] = {}
     for result in results:
         options = {name: value for name, value in result.options.items() if name == "seed" or name not in OF_REPETITIONS}
         first = [{name: value for name, value in line.items() if name != "seconds"} for line in result.metrics[:1]]
         numbers = json.dumps([options, first or result.tests], sort_keys=True, default=str)
         if numbers in known and (first or result.tests):
-            raise UserError(f"{known[numbers]}, {result.name}: are the same run; leave one of them out")
+            raise UserError(f"{known[numbers]}, {result.name}: these are the same run; leave one out")
         known[numbers] = result.name
 
 
 def _folders(root: Path) -> list[Path]:
-    """A folder and all below it, each once: one that a symbolic link leads to, too, by its own name where it has one here."""
+    """A folder and all folders below it, each once, also behind symbolic links (by a path without links, if there is one)."""
     found: dict[Path, Path] = {}
     waiting = [root]
     while waiting:
@@ -91,7 +91,7 @@ def _folders(root: Path) -> list[Path]:
         with _named_in_errors(folder):
             paths = sorted(folder.iterdir())
         if gone := [path for path in paths if path.is_symlink() and not path.exists()]:
-            raise UserError(f"{gone[0]}: is a link to what is not there; mend or remove it")
+            raise UserError(f"{gone[0]}: is a broken link; mend or remove it")
         below = [path for path in paths if path.is_dir()]
         waiting = [path for path in below if not path.is_symlink()] + waiting + [path for path in below if path.is_symlink()]
     return list(found.values())
@@ -116,14 +116,14 @@ def _named_in_errors(path: Path) -> Iterator[None]:
 
 def read_run(folder: Path, root: Path) -> Result:
     text = _text(folder / OPTIONS)
-    # A run that no sweep started has its commands, and their commits, in the head of its options.
+    # A run outside a sweep has its commands and their commits at the top of its options.
     by_hand = [": ".join(words) for words in re.findall(r"^# .* commit (\w+).*\n#   (.*)", text, re.MULTILINE)]
     tables = [folder / TABLE, folder / f"model_best.{TABLE}"]  # of --evaluate with --output_dir, and without
     return Result(
         name=folder.relative_to(root).as_posix() if folder != root else folder.resolve().name,
         options=_options(yaml.safe_load(text)),
         commands=_text(folder / COMMANDS).splitlines() or by_hand,
-        metrics=read_metrics(folder / METRICS) if (folder / METRICS).exists() else [],  # in its first epoch it has none
+        metrics=read_metrics(folder / METRICS) if (folder / METRICS).exists() else [],  # none during the first epoch
         tests=next(filter(None, map(_rows, tables)), []),
     )
 
@@ -151,10 +151,10 @@ def read_group(folder: Path, root: Path) -> list[Result]:
 
 
 def _options(found: Any) -> dict[str, Any]:
-    """Raises ValueError where this is not what a run records."""
+    """Raises ValueError if these are not the options of a run."""
     needed = ("sequence_length", "num_classes", "seed")
     if not isinstance(found, dict) or not all(isinstance(found.get(name), int) for name in needed):
-        raise ValueError(f"its {OPTIONS} must hold the options of a run, {', '.join(needed)} among them")
+        raise ValueError(f"its {OPTIONS} must hold the options of a run, including {', '.join(needed)}")
     return found
 
 
@@ -163,7 +163,7 @@ def _rows(table: Path) -> list[dict[str, str]]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig") if path.exists() else ""  # Excel marks its files as UTF-8
+    return path.read_text(encoding="utf-8-sig") if path.exists() else ""  # Excel starts a file with a mark of UTF-8
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -180,17 +180,17 @@ def columns(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 def labels(results: Sequence[Result], defaults: dict[str, Any], against: str = "") -> list[str]:
     """For each run, the options that differ between the runs; repetitions with other seeds have the same label.
 
-    A run without recorded options goes by its path. Where two runs with the same label have the same seed, the name of
+    A run without recorded options is labelled by its path. If two runs have the same label and the same seed, the name of
     their group is added.
 
     Args:
-        defaults: the values of options that a record of an earlier release does not have.
-        against: an option to leave out, with those that always change with it.
+        defaults: the values of options that earlier releases did not record.
+        against: an option to leave out, with all options that always change with it.
     """
     described = [defaults | result.options for result in results if result.options]
 
     def changes(name: str) -> list[int]:
-        """For each run, the first one that has the same value."""
+        """For each run, the number of the first run with the same value."""
         values = [str(options[name]) for options in described]
         return [values.index(value) for value in values]
 
@@ -211,7 +211,7 @@ def labels(results: Sequence[Result], defaults: dict[str, Any], against: str = "
 
 
 def write_groups(results: Iterable[Result], root: Path) -> None:
-    """Keep runs compactly below a folder; `read_results` gives the same runs again."""
+    """Write runs as an archive into a folder, from which `read_results` reads the same runs."""
     groups: dict[str, dict[str, Result]] = {}
     for result in results:
         group, _, run = result.name.rpartition("/")

@@ -2,12 +2,12 @@
 
 options.yaml         the options, which --config reads, below an entry for every start of the run
 checkpoint.pth.tar   all that an exact continuation needs (see utils/checkpoints.py)
-model_best.pth.tar   the same, of the epoch of highest validation accuracy
-metrics.jsonl        one JSON object per epoch; a repetition gives all of it again, bit for bit, but `seconds` (wall time)
+model_best.pth.tar   the same, after the epoch with the highest validation accuracy
+metrics.jsonl        one JSON object per epoch; a repeated run gives the same bits, except for `seconds` (wall time)
 tensorboard/         with --logging
 .lock                held by the process that writes into the folder
 
-One rule: a new run needs a folder without a run, and --resume auto continues what is there.
+One rule: a new run needs a folder without a run, and --resume auto continues the run in a folder.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def find_checkpoint(resume: str, output_dir: str, evaluate: bool) -> tuple[Path 
             raise UserError("--evaluate needs a checkpoint: --resume PATH")
         return None, None
     if resume == "auto" and not output_dir:
-        raise UserError("--resume auto needs to know the run: --output_dir FOLDER")
+        raise UserError("--resume auto needs the folder of the run: --output_dir FOLDER")
     path = Path(output_dir if resume == "auto" else resume)
     if resume != "auto" and not path.is_dir():
         return path, checkpoints.load(path)
@@ -68,14 +68,14 @@ def find_checkpoint(resume: str, output_dir: str, evaluate: bool) -> tuple[Path 
 
 @contextlib.contextmanager
 def folder(output_dir: str, resume: Path | None) -> Iterator[Path]:
-    """The folder of a run, locked: --output_dir, or that of the checkpoint to continue, or a new one in runs/.
+    """The folder of a run, locked: --output_dir, or the checkpoint's folder, or a new folder in runs/.
 
     Raises:
-        UserError: it cannot be used, another process writes into it, or it holds another run or a later checkpoint of this one.
+        UserError: the folder cannot be used, another process writes into it, or it holds another run or a later checkpoint.
     """
     if output_dir:
         path = Path(output_dir)
-    elif resume and any(resume.with_name(name).exists() for name in (OPTIONS, LOCK)):  # the lock comes first, the options last
+    elif resume and any(resume.with_name(name).exists() for name in (OPTIONS, LOCK)):  # the lock exists before the options
         path = resume.parent
     else:
         names = (f"{time.strftime('%Y%m%d-%H%M%S')}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
@@ -89,10 +89,10 @@ def folder(output_dir: str, resume: Path | None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other processes out of it. The system releases the lock when this process ends, however it does.
+    """Make a folder and keep other processes out of it. The system releases the lock even if this process is killed.
 
     Raises:
-        UserError: the folder cannot be made or written to, or another process holds it.
+        UserError: the folder cannot be made or written to, or another process holds its lock.
     """
     lock = FileLock(folder / LOCK)
     try:
@@ -100,13 +100,13 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"--output_dir {folder}: another process is writing into it; wait for its end or choose another folder"
+            f"--output_dir {folder}: another process is writing into it; wait until that process ends or choose another folder"
         ) from None
-    except (NotImplementedError, OSError) as failure:  # filelock raises the first where a file system has no locks
+    except (NotImplementedError, OSError) as failure:  # filelock raises NotImplementedError if there are no locks
         if not isinstance(failure, NotImplementedError) and failure.errno not in (ENOLCK, ENOSYS, ENOTSUP):
             where = reason(failure, folder)
             raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
-        print(f"warning: --output_dir {folder}: no locks there; make sure no other run uses it", file=sys.stderr)
+        print(f"warning: --output_dir {folder}: no file locks there; make sure no other run uses it", file=sys.stderr)
     try:
         yield
     finally:
@@ -120,7 +120,7 @@ def _check_rule(folder: Path, resume: Path | None) -> None:
         raise UserError(f"--output_dir {folder}: holds a run already; --resume auto continues it, or choose another folder")
     if here and here.name != checkpoints.LAST and checkpoints.find(folder, (checkpoints.LAST,), quiet=True):
         raise UserError(
-            f"--resume {resume}: {folder / checkpoints.LAST} is the last checkpoint of this run; resume that, "
+            f"--resume {resume}: {folder / checkpoints.LAST} is the last checkpoint of this run; resume it, "
             "or choose another --output_dir"
         )
 
@@ -128,8 +128,8 @@ def _check_rule(folder: Path, resume: Path | None) -> None:
 def save(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None:
     """Write the metrics file from the checkpoint's history, then the checkpoint.
 
-    Killed in between, a run resumes from the checkpoint before, and writes both again: no line is ever missing. Before the
-    first epoch is done there is nothing but a checkpoint.
+    A run that is killed in between resumes from the previous checkpoint and writes both again, so no line is ever missing.
+    The metrics file appears after the first epoch.
     """
     if is_best:
         checkpoints.save(folder / checkpoints.BEST, checkpoint)
@@ -139,14 +139,14 @@ def save(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None:
 
 
 def record(folder: Path, options: str, resume: Path | None, how: str) -> None:
-    """Write the options (YAML), below an entry for this start and, of a run that is resumed, for those before it.
+    """Write the options (YAML) below one entry for each start of the run, the last of which is this start.
 
     Args:
-        how: what started where, and what it changed.
+        how: text of this entry: where the run starts, on what, and which options changed.
     """
     entries = []
     if resume:
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # a published checkpoint, or one that was copied
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # the original implementation's, or a copied checkpoint
             lines = resume.with_name(OPTIONS).read_text(encoding="utf-8").splitlines()
             entries = list(itertools.takewhile(lambda line: line.startswith(("# started", "# resumed", "#   ")), lines))
     at, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(["python", *sys.argv])
@@ -158,11 +158,11 @@ def record(folder: Path, options: str, resume: Path | None, how: str) -> None:
 
 
 def commit() -> str:
-    """The commit of the program, marked where files differ from it; "unknown" for a copy without its repository."""
+    """The commit of the program, marked if files differ from it; "unknown" for a copy without its repository."""
     root = Path(__file__).resolve().parents[1]
     command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
     command += ["describe", "--always", "--dirty=+changes", "--abbrev=10", "--exclude=*"]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's speak of another one
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's name another repository
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, env=own).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""What computes in less time the function that the plain model defines (`models.hebbian_memory.store_and_recall`).
+"""Faster implementations of the plain function, `models.hebbian_memory.store_and_recall`, which defines the model.
 
 A backend is a module with two functions:
 
@@ -6,9 +6,9 @@ A backend is a module with two functions:
     store_and_recall(features_current, labels_current, query_current, write_weight, read_weight, dynamics, record)
                                                as the plain function
 
-"reference" is the plain function itself, and "compiled" is it with its time loop compiled by `torch.compile`, which takes
-minutes. "triton" is experimental: it has not run on a GPU yet. A kernel is used with some constants only after it agreed with
-the plain function in a tiny case with them.
+"reference" is the plain function itself. "compiled" is the plain function with its time loop compiled by `torch.compile`,
+which takes minutes. "triton" is experimental: it has not run on a GPU yet. A kernel is used only after it agreed with the plain
+function in a tiny case with the same constants.
 """
 
 import functools
@@ -29,12 +29,12 @@ from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
 
 BACKENDS = ("auto", "triton", "cpp", "compiled", "reference")
-KERNELS = ("triton", "cpp")  # those that `auto` tries, from the fastest to the slowest, before the plain function
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}  # of the norm of a result or a gradient
-NEGLIGIBLE = 1e-30  # norm, where products of float32 vanish
-TRIALS = 3  # rounding flips a spike in one draw in some thousands, a wrong program differs in all
+KERNELS = ("triton", "cpp")  # `auto` tries these, the fastest first, before the plain function
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}  # relative to the norm of a result or a gradient
+NEGLIGIBLE = 1e-30  # norm below which float32 products vanish
+TRIALS = 3  # rounding flips a spike in one of thousands of draws, a wrong program differs in all draws
 
-_functions: dict[str, Callable] = {}  # those chosen so far, by name
+_functions: dict[str, Callable] = {}  # name -> function, of the backends chosen so far
 
 
 class BackendError(RuntimeError):
@@ -42,22 +42,22 @@ class BackendError(RuntimeError):
 
 
 def check_name(backend: str | Callable) -> None:
-    """Raises ValueError for what is neither a function nor one of BACKENDS."""
+    """Raises ValueError if the backend is neither a function nor one of BACKENDS."""
     if not callable(backend) and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or a function, not {backend!r}")
 
 
 def find(backend: str | Callable, device: torch.device, dynamics: Dynamics, plain: Callable) -> Callable:
-    """The function that computes a network in time: `backend` itself if it is one, or that of a name; raises as `choose`."""
+    """The function that computes a network in time: `backend` itself, or the function of a name. Raises like `choose`."""
     return backend if callable(backend) else _functions[choose(backend, str(device), dynamics, plain)]
 
 
-@torch.compiler.assume_constant_result  # a name: a function that is returned cannot be traced
+@torch.compiler.assume_constant_result  # returns a name: a returned function cannot be traced
 def choose(name: str, device: str, dynamics: Dynamics, plain: Callable) -> str:
     """The name of the backend that runs a network with these constants on a device, such as "cpu" or "cuda:1".
 
-    `auto` takes the first kernel that runs here and agrees with the plain function, else that one, with a warning that says
-    why. The plain function stands in for "compiled" while the caller is traced.
+    `auto` takes the first kernel that runs here and agrees with the plain function, else the plain function, with a warning
+    that says why. While the caller is traced, "compiled" also means the plain function.
 
     Raises:
         ValueError: no such backend.
@@ -80,7 +80,7 @@ def choose(name: str, device: str, dynamics: Dynamics, plain: Callable) -> str:
 
 
 def equations(dynamics: Dynamics) -> tuple:
-    """The functions and properties of the classes of neuron and rule: one that is replaced in a running process is noticed."""
+    """The functions and properties of the neuron's and the rule's class, so that a replaced one is noticed."""
     classes = [kind for part in (dynamics.neuron, dynamics.rule) for kind in type(part).__mro__[:-1]]
     kinds = (property, classmethod, staticmethod)
     return tuple(value for kind in classes for value in vars(kind).values() if callable(value) or isinstance(value, kinds))
@@ -92,7 +92,7 @@ def _choose(name: str, device: str, dynamics: Dynamics, plain: Callable, equatio
     for candidate in KERNELS if name == "auto" else (name,):
         try:
             function = load(candidate, device)
-            if candidate == "compiled":  # it checks itself, for the sizes that it is called with
+            if candidate == "compiled":  # it checks itself when called, for the sizes of the call
                 function = functools.partial(function, plain=plain)
             else:
                 check(function, device, dynamics, plain)
@@ -102,14 +102,14 @@ def _choose(name: str, device: str, dynamics: Dynamics, plain: Callable, equatio
             reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
             if name != "auto":
                 raise BackendError(f"backend {candidate}: {reason}") from failure
-            if candidate != "triton" or device.startswith("cuda"):  # elsewhere nobody expects a GPU's kernels
+            if candidate != "triton" or device.startswith("cuda"):  # on a CPU nobody expects a GPU's kernels
                 reasons.append(f"{candidate}: {reason}")
     warnings.warn(f"using the plain model, which is slow ({'; '.join(reasons)})", stacklevel=2)
     return "reference"
 
 
 def load(name: str, device: str) -> Callable:
-    """The function of a kernel, or the compiled one. Raises BackendError where it cannot run on such a device here."""
+    """The function of a kernel or of "compiled". Raises BackendError if it cannot run on such a device here."""
     module = importlib.import_module(f"models.backends.{name}")
     if reason := module.unavailable(device.split(":")[0]):
         raise BackendError(reason)
@@ -117,10 +117,10 @@ def load(name: str, device: str) -> Callable:
 
 
 def constants(dynamics: Dynamics, known: Iterable[str]) -> dict[str, Any]:
-    """All constants by name, for a kernel that knows these, and the equations of `LIFNeuron` and `HebbianRule`.
+    """All constants by name, for a kernel with the constants `known` and the equations of `LIFNeuron` and `HebbianRule`.
 
     Raises:
-        BackendError: there are others, or some are lacking, or a class has equations of its own.
+        BackendError: the network has other constants or equations.
     """
     for part, base in ((dynamics.neuron, LIFNeuron), (dynamics.rule, HebbianRule)):
         if not isinstance(part, base):
@@ -132,15 +132,15 @@ def constants(dynamics: Dynamics, known: Iterable[str]) -> dict[str, Any]:
     values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
     del values["neuron"], values["rule"]
     if unknown := sorted(values.keys() ^ set(known)):
-        raise BackendError(f"it does not know a network with or without {', '.join(unknown)}; use compiled or reference")
+        raise BackendError(f"it has other constants than the network ({', '.join(unknown)}); use compiled or reference")
     return values
 
 
 def check_operands(features: Tensor, labels: Tensor, query: Tensor, write_weight: Tensor, read_weight: Tensor) -> None:
-    """See that currents and weights are what a kernel may read: hooks and replaced layers can return anything.
+    """Check the currents and weights that a kernel reads: hooks and replaced layers can return anything.
 
     Raises:
-        ValueError: naming the operand.
+        ValueError: an operand has a wrong shape, type or device. The message names it.
     """
     if features.dim() != 3 or read_weight.dim() != 2 or features.dtype not in TOLERANCE:
         raise ValueError("features_current must be B x L x E, read_weight M x (E + M), in float32 or float64")
@@ -157,7 +157,7 @@ def check_operands(features: Tensor, labels: Tensor, query: Tensor, write_weight
             raise ValueError(f"{name} is {x.dtype} on {x.device}, features_current {features.dtype} on {features.device}")
 
 
-# The check of a kernel. It leaves no trace in its caller: no module is built, and no random number of the caller's is drawn.
+# The check of a kernel does not affect its caller: it builds no module and draws none of the caller's random numbers.
 
 
 def check(
@@ -168,7 +168,7 @@ def check(
     dtypes: Iterable[torch.dtype] = tuple(TOLERANCE),
     sizes: tuple[int, int, int] = (3, 10, 18),
 ) -> None:
-    """Compare a function with the plain one in a tiny case with these constants: results and gradients.
+    """Compare a function's results and gradients with the plain function's, in a tiny case with these constants.
 
     Args:
         sizes: samples, embedding size and memory size.
@@ -176,22 +176,22 @@ def check(
     Raises:
         BackendError: they differ.
     """
-    # In a thread of its own, where the caller's inference mode, autocast, vmap, fake tensors and default device are not on.
+    # A new thread has none of the caller's inference mode, autocast, vmap, fake tensors and default device.
     with _one_at_a_time, ThreadPoolExecutor(1, "check", torch.set_num_threads, (torch.get_num_threads(),)) as thread:
         thread.submit(_check, function, device, dynamics, plain, dtypes, sizes).result()
 
 
-_one_at_a_time = threading.Lock()  # a check switches what is on in all threads
+_one_at_a_time = threading.Lock()  # a check changes settings of all threads
 
 
 def _check(function, device, dynamics, plain, dtypes, sizes) -> None:
     for dtype, signed in itertools.product(dtypes, (False, True)):
         for seed in range(TRIALS):
             operands, dynamics_of_case = tiny_case(dynamics, dtype, device, seed, sizes, signed)
-            # Anomaly mode and the default generator are those of all threads; an own neuron may draw random numbers.
+            # All threads share anomaly mode and the default generator, and an own neuron may draw random numbers.
             with torch.autograd.set_detect_anomaly(False), torch.random.fork_rng(devices=[]):
                 ours, theirs = (outcome(f, operands, dynamics_of_case) for f in (function, plain))
-            diverges = not torch.isfinite(theirs["memory"]).all()  # of these constants, in the plain function itself
+            diverges = not torch.isfinite(theirs["memory"]).all()  # with these constants, even in the plain function
             difference = None if diverges else compare(ours, theirs, TOLERANCE[dtype])
             if difference is None and not diverges:
                 break
@@ -206,7 +206,7 @@ def tiny_case(
     """Currents and weights that make neurons with these constants fire, for samples of a few pairs.
 
     Args:
-        signed: of both signs and stronger, so that membranes go far below rest, and the memory towards its bound.
+        signed: draw stronger values of both signs, so that membranes go far below rest and the memory nears its bound.
     """
     pairs, (batch, embedding, memory) = (3 if signed else 2), sizes
     steps = min(dynamics.num_time_steps, max(20, min(dynamics.readout_delay + 8, 40)))
@@ -214,7 +214,7 @@ def tiny_case(
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        # A membrane reaches the threshold in a few steps, whatever the time constant is.
+        # A membrane reaches the threshold in a few steps, for any time constant.
         drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") * (high - low) + low
         return (thr * (1 + 0.4 / gain) * drawn).to(device, dtype).requires_grad_()
 
@@ -227,7 +227,7 @@ def tiny_case(
 
 
 def outcome(function: Callable, operands: list[Tensor], dynamics: Dynamics) -> dict[str, Tensor]:
-    """Readout, spike counts and memory, and the gradients of a sum in which each count has a weight of its own."""
+    """Readout, spike counts and memory, and the gradients of a sum that weights every count differently."""
     readout, spike_counts, activity = function(*operands, dynamics, True)
     results = {"readout": readout} | spike_counts
     seeds = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x) for x in results.values()]
@@ -238,7 +238,7 @@ def outcome(function: Callable, operands: list[Tensor], dynamics: Dynamics) -> d
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> str | None:
-    """The first result that differs, with how much, or None. What is not finite in `theirs` is not compared."""
+    """The first result that differs, and by how much, or None. Results that are not finite in `theirs` are skipped."""
     for name, expected in theirs.items():
         if not torch.isfinite(expected).all():
             continue

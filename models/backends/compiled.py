@@ -1,4 +1,4 @@
-"""The plain function with its time loop compiled by `torch.compile`, whatever its steps compute, for a CPU or a GPU."""
+"""The plain function with its time loop compiled by `torch.compile`, for any step function, on a CPU or a GPU."""
 
 import contextlib
 import functools
@@ -16,10 +16,10 @@ from models.backends import BackendError
 from models.dynamics import Dynamics
 from models.through_time import Step, run_steps
 
-STEPS = 5  # compiled together: more take longer to compile
+STEPS = 5  # time steps compiled together: more steps take longer to compile
 
-# A backward pass may retain the graph, so buffers are not donated. This setting is one of each thread: it is looked at in the
-# caller's, where gradients are taken, and in that of the check, where code is compiled (below).
+# A backward pass may retain the graph, so buffers are not donated. Each thread has its own setting: here the caller's thread,
+# which takes gradients; below the check's thread, which compiles.
 torch._functorch.config.donated_buffer = False
 _block = torch.compile(run_steps, fullgraph=True)
 
@@ -31,7 +31,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def store_and_recall(*operands, plain) -> tuple:
-    """As `plain`, the plain function, which it runs with the compiled loop.
+    """Run `plain`, the plain function, with the compiled loop.
 
     Raises:
         BackendError: the code cannot be compiled, or does not compute the plain function.
@@ -45,7 +45,7 @@ def store_and_recall(*operands, plain) -> tuple:
 
 @contextlib.contextmanager
 def _loop() -> Iterator[None]:
-    """In this thread, time loops are compiled."""
+    """Compile the time loops of this thread."""
     through_time._thread.run = _run_blocks
     try:
         yield
@@ -57,28 +57,28 @@ def _loop() -> Iterator[None]:
 def _prove(
     plain, equations: tuple, device: str, dynamics: Dynamics, dtype: torch.dtype, sizes: tuple[int, int, int], threads: int
 ) -> None:
-    """Compile for a training with these sizes, and compare with the plain function."""
+    """Compile for a run with these sizes, and compare with the plain function."""
     how_long = "one to three minutes, and some seconds more at the first evaluation; less if PyTorch's cache holds it"
     print(f"compiling the time loop ({how_long}) ...", file=sys.stderr, flush=True)
     try:
         backends.check(_loop()(plain), device, dynamics, plain, (dtype,), sizes)
     except BackendError as difference:
         raise BackendError(f"backend compiled: {difference}") from None
-    except Exception as failure:  # of Python, C++ or Triton, in many layers
+    except Exception as failure:  # from Python, C++ or Triton
         cause = str(getattr(failure, "inner_exception", failure))  # PyTorch wraps it
         reason = next((line for line in cause.splitlines() if line.strip()), type(failure).__name__)
         compiler = "a C++ compiler (g++, or set CXX)" if device == "cpu" else "Triton and a C compiler"
-        remedy = f"it needs {compiler}; --backend reference runs without"
+        remedy = f"it needs {compiler}; or use --backend reference"
         raise BackendError(f"backend compiled: torch.compile fails ({reason.strip()[:200]}); {remedy}") from failure
 
 
-# Every network, constant and precision of a process adds code for each of its steps, and 8 are allowed by default. A constant
-# or a size that a second network has at another value would become a variable of the code, which fails then: in the
-# surrogate's autograd.Function, or by the strides that it expects. What is compiled of the surrogate is kept, too.
+# Every network, constant and precision of a process adds code for each of its steps, and PyTorch allows 8 versions by default.
+# With dynamic shapes, a constant or a size with another value in a second network would become a variable of the code. The code
+# then fails: in the surrogate's autograd.Function, or by wrong strides. The surrogate's code is also cached.
 @torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024, automatic_dynamic_shapes=False)
 @torch._functorch.config.patch(donated_buffer=False, autograd_cache_allow_custom_autograd_functions=True)
 def _run_blocks(step: Step, state, *inputs: Tensor):
-    """All blocks look alike to `torch.compile`, so that it compiles one of them: whether or not it starts from rest."""
+    """Run the time loop in blocks. All blocks look alike to `torch.compile`, so that it compiles only one of them."""
     held = [x for x in (cell.cell_contents for cell in step.__closure__ or ()) if isinstance(x, Tensor)]
     for x in held:
         if x.shape[:1] == inputs[0].shape[:1]:

@@ -1,7 +1,7 @@
-"""First derivatives of kernels: right in reverse mode, in `torch.func` and per sample; all others raise, and none is zero.
+"""First derivatives of kernels in reverse mode, in `torch.func` and per sample. All other derivatives raise an error.
 
-An operator of `torch.library` with `register_autograd` alone drops the derivatives that it does not have: its forward mode is
-zero in silence, and so is what `once_differentiable` leaves of a second derivative.
+With `register_autograd` alone, an operator of `torch.library` silently returns zero for derivatives that it does not have: in
+forward mode, and for a second derivative after `once_differentiable`.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ def differentiable(operator: Any, setup_context: Callable, backward: Callable) -
     """An operator of `torch.ops` with its gradient.
 
     Args:
-        setup_context, backward: as of `torch.autograd.Function`; what `backward` calls is made by `not_differentiable`.
+        setup_context, backward: as in `torch.autograd.Function`; `backward` calls operators from `not_differentiable`.
     """
 
     def forward(*operands):
         return operator(*operands)
 
-    # By their number `torch.compile` tells whether a ctx is among the arguments.
+    # `torch.compile` counts the arguments to tell whether a ctx is among them.
     names = [argument.name for argument in operator._schema.arguments]
     setattr(forward, "__signature__", Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]))  # noqa: B010
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward}

@@ -1,6 +1,6 @@
 """Figures of one sample in a trained network: `record` makes the arrays that they are drawn from.
 
-Artists that show data carry its name (`get_gid`), also as an identifier inside SVG files.
+Artists that show data carry the data's name (`get_gid`), also as an identifier inside SVG files.
 Shapes: L pairs in a sequence, F features, C classes, M memory size. A time step is 1 ms.
 """
 
@@ -44,7 +44,7 @@ class Trial(NamedTuple):
     memories: np.ndarray  # L x M x M, after each pair; row value neuron, column key neuron
     threshold: float
     num_time_steps: int  # ms for which each input is held
-    readout_steps: int  # ms at the end of recall of which the spikes are summed for the logits
+    readout_steps: int  # ms at the end of recall: their spikes are summed for the logits
 
     @property
     def store_ms(self) -> int:
@@ -67,16 +67,16 @@ class Trial(NamedTuple):
 
 @torch.no_grad()
 def record(model, features: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, answer: int) -> Trial:
-    """What a network does with one sample, any sample. The plain function computes it: kernels keep no membrane potentials.
+    """Run a network on any one sample, by the plain function: kernels keep no membrane potentials.
 
     Args:
-        model: a `models.MemorizingAssociations`. It stays as it is.
+        model: a `models.MemorizingAssociations`, which is not changed.
         features: the vectors, L x F.
         labels: their labels, L, int64.
         query: F; it need not be one of the vectors.
         answer: the right label.
     """
-    plain = copy.copy(model)  # it shares all layers
+    plain = copy.copy(model)  # the copy shares all layers
     if isinstance(model.backend, str):
         plain.backend = "reference"
     output = plain(features[None], labels[None], query[None], record=True)
@@ -102,7 +102,7 @@ def record(model, features: torch.Tensor, labels: torch.Tensor, query: torch.Ten
 
 
 class Zoom(NamedTuple):
-    """What part of a trial to show; None: all."""
+    """The part of a trial to show; None: all of it."""
 
     neurons: tuple[int, int] | None = None  # first and last
     time_range: tuple[float, float] | None = None  # start and end, ms
@@ -114,11 +114,11 @@ class Zoom(NamedTuple):
 
 
 ALL = Zoom()
-ASKED = "the pair that is asked for"  # what is orange in storing
+ASKED = "the pair that is asked for"  # orange in storing
 
 
 class Phase(NamedTuple):
-    """What is visible of storing or of recall."""
+    """The visible part of storing or of recall."""
 
     name: str
     column: int  # of ROWS
@@ -138,9 +138,9 @@ def visible_phases(trial: Trial, zoom: Zoom) -> list[Phase]:
 
 
 def time_grid(figure: FigureBase, trial: Trial, phases: list[Phase], heights: list[float], right: float = 0) -> np.ndarray:
-    """Axes, rows x (phases, and one more column of the relative width `right`), on one time axis in ms, the phases shaded.
+    """Axes (rows x phases) on one time axis in ms, with shaded phases; `right` adds a column of this relative width.
 
-    A short phase, as recall is, gets at least a fifth of the width of the other.
+    A short phase, such as recall, gets at least a fifth of the width of the other phase.
     """
     durations = np.array([phase.high - phase.low for phase in phases])
     widths = np.maximum(durations, 0.2 * durations.max())
@@ -169,14 +169,14 @@ def time_grid(figure: FigureBase, trial: Trial, phases: list[Phase], heights: li
 
 
 def leave_out(ax: Axes, words: str = "") -> None:
-    """An empty place, with the reason why."""
+    """An empty panel that states the reason."""
     ax.set_axis_off()
     ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", size=6, color=style.GREY)
 
 
 @styled
 def overview(trial: Trial, zoom: Zoom = ALL) -> Figure:
-    """On one time axis: inputs, and the spikes of every population over its rate; rates of the neurons; readout and logits."""
+    """Inputs, and spikes and rate of every population, on one time axis; rates of the neurons; readout and logits."""
     phases = visible_phases(trial, zoom)
     rows = [row for row in ROWS if any(row[phase.column] for phase in phases)]
     figure = new_figure(style.TWO_COLUMNS, 48 + 29 * len(rows))
@@ -235,13 +235,13 @@ def draw_inputs(axes: np.ndarray, trial: Trial, phases: list[Phase], letter: str
         vectors, words = (trial.features, trial.labels) if store else (trial.query[None], ["query"])
         edges = phase.start + steps * np.arange(len(vectors) + 1)
         look = {"cmap": "Greys", "vmin": 0, "vmax": 1, "aspect": "auto", "origin": "lower", "zorder": 0.5}
-        look["interpolation"] = "nearest"  # any other blurs more features than there are pixels, in time, too
+        look["interpolation"] = "nearest"  # others blur, also in time, if there are more features than pixels
         image = ax.imshow(vectors.T, extent=(edges[0], edges[-1], -0.5, size - 0.5), **look)
         image.set_gid("features" if store else "query")
         ax.set_xlim(phase.low, phase.high)
         parts = zip(pairwise(np.clip(edges, phase.low, phase.high)), words, strict=True)
         shown = [((start + end) / 2, word) for (start, end), word in parts if start < end]
-        levels = int(np.ceil(len(shown) / 36))  # as many labels fit side by side
+        levels = int(np.ceil(len(shown) / 36))  # 36 labels fit side by side
         above = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "size": 6, "annotation_clip": False}
         for n, (middle, word) in enumerate(shown):
             look = {"color": style.VERMILION, "weight": "bold"} if word in (trial.answer, "query") else {}
@@ -307,7 +307,7 @@ def draw_logits(ax: Axes, trial: Trial) -> None:
 def memory(trial: Trial, zoom: Zoom = ALL) -> Figure:
     """The Hebbian memory after the last pair, its weights' distribution, and the memory after each pair (at most ten pairs).
 
-    All matrices share one linear colour scale from 0 to the largest weight of them all.
+    All matrices share one linear colour scale from 0 to the largest weight.
     """
     neurons = zoom.indices(trial.memories.shape[-1])
     memories = trial.memories[:, neurons[:, None], neurons]
@@ -353,7 +353,7 @@ def draw_weights(ax: Axes, weights: np.ndarray) -> None:
 
 @styled
 def membranes(trial: Trial, zoom: Zoom = ALL) -> Figure:
-    """Membrane potentials of three neurons of each population, from its most to its least active one."""
+    """Membrane potentials of three neurons of each population, from the most to the least active."""
     phases = visible_phases(trial, zoom)
     rows = [row for row in ROWS if any(row[phase.column] for phase in phases)]
     chosen = [(row, place, neuron) for row in rows for place, neuron in enumerate(representative(trial, row, zoom))]
@@ -374,13 +374,13 @@ def membranes(trial: Trial, zoom: Zoom = ALL) -> Figure:
         line[0].yaxis.set_major_locator(MaxNLocator(3))
     figure.align_ylabels(axes[:, 0])
     figure.supylabel("Membrane potential (θ)", size=7)
-    words = "Dashed: threshold, 1 θ (beside hundreds of θ it seems to be at 0). Ticks above: spikes. "
+    words = "Dashed: threshold, 1 θ (looks like 0 on a scale of hundreds of θ). Ticks above: spikes. "
     figure.supxlabel(f"{words}Orange: recall, and {ASKED}.", size=6, color=style.GREY)
     return figure
 
 
 def representative(trial: Trial, row: tuple, zoom: Zoom) -> np.ndarray:
-    """Three neurons from the most to the least active one of those that spike; silent ones only where too few do."""
+    """Three neurons, from the most to the least active that spike; silent neurons only if too few neurons spike."""
     neurons = zoom.indices(trial.spikes[row[1]].shape[1])
     spikes = sum(trial.spikes[name][:, neurons].sum(axis=0, dtype=int) for name in row[1:] if name)
     among = min(max(np.count_nonzero(spikes), 3), len(neurons))
@@ -397,5 +397,5 @@ def draw_membrane(ax: Axes, name: str, trial: Trial, neuron: int, phase: Phase) 
     ax.axhline(1, color=style.GREY, lw=0.5, ls=style.DASHED)
     spikes = time[shown & (trial.spikes[name][:, neuron] > 0)]
     look = {"color": style.BLACK, "ms": 2.5, "mew": 0.5, "clip_on": False, "gid": f"{name} spikes of neuron {neuron}"}
-    look["in_layout"] = len(spikes) > 0  # an empty line has a place in the corner
+    look["in_layout"] = len(spikes) > 0  # an empty line would take a place in the corner
     ax.plot(spikes, np.full(len(spikes), 1.07), "|", transform=ax.get_xaxis_transform(), **look)

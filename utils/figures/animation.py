@@ -1,4 +1,4 @@
-"""One sample in a trained network, in time: inputs, spikes, the memory as it changes, the readout as it decides."""
+"""An animation of one sample in a trained network: inputs, spikes, memory and output over time."""
 
 from pathlib import Path
 
@@ -17,12 +17,12 @@ DOTS_PER_INCH = 120
 
 
 def frame_times(duration_ms: int) -> np.ndarray:
-    """The times of the frames: time steps (ms) done."""
+    """The times of the frames, in finished time steps (ms)."""
     return np.unique(np.linspace(0, duration_ms, FRAMES).round().astype(int))
 
 
 def memory_in_time(rule, trial: Trial) -> np.ndarray:
-    """The memory at the times of the frames, frames x M x M: a network's rule on its recorded spikes.
+    """The memory at the times of the frames, frames x M x M, computed by a network's rule from its recorded spikes.
 
     Args:
         rule: a `models.plasticity.HebbianRule`, or an object with its methods.
@@ -37,7 +37,7 @@ def memory_in_time(rule, trial: Trial) -> np.ndarray:
         memory = rule.update(memory, value_trace, key_trace)
         if step in times:
             memories.append(memory[0].numpy())
-    return np.stack(memories + [memory[0].numpy()] * (len(times) - len(memories)))  # it stays through recall
+    return np.stack(memories + [memory[0].numpy()] * (len(times) - len(memories)))  # recall does not change the memory
 
 
 def logits_in_time(trial: Trial, times: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
     matrix.set_title("Memory", loc="center")
     output.set_title("Output", loc="center")
 
-    # What moves is drawn anew on a background that is drawn once.
+    # Moving artists are redrawn on a background that is drawn once.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     moving = [*(cover for _, cover in future), image, *bars, matrix.title, output.title]
@@ -117,6 +117,6 @@ def animate(trial: Trial, memories: np.ndarray, zoom: Zoom = ALL) -> list[Image.
 
 def save_animation(frames: list[Image.Image], path: Path) -> None:
     """Write frames as GIF. Raises OSError where the file cannot be written."""
-    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)  # one for all: what does not change then costs nothing
+    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)  # one for all frames: unchanged pixels then cost nothing
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     first.save(path, append_images=others, save_all=True, loop=0, duration=[*[FRAME_MS] * len(others), LAST_FRAME_MS])

@@ -1,7 +1,7 @@
-"""Figures of several runs: training, and accuracy against the length of the tested sequences or against an option.
+"""Figures of several runs: training curves, and accuracy against the tested sequence length or against an option.
 
-Runs of the same label are repetitions of each other (other seeds): each is a thin line, over them their mean and range. Those
-that learned and those that did not are drawn apart, for the mean of both is the accuracy of neither.
+Runs with the same label are repetitions with other seeds: thin lines, over which their mean and range are drawn. Runs that
+learned and runs that did not have separate means, because a common mean would describe neither.
 """
 
 import math
@@ -19,7 +19,7 @@ from utils.figures.style import BLACK, DASHED, DOTTED, GREY, ONE_COLUMN, SERIES,
 
 LINE_STYLES = ("-", DASHED, DOTTED)
 SPLIT = ", not learned"
-NOT_LEARNED = "not learned: never over halfway from guessing one of the labels shown to 100 %"
+NOT_LEARNED = "not learned: accuracy stays below halfway from guessing to 100 %"
 
 # Title, vertical axis, and the columns with their words in the legend.
 TRAINING_PANELS = (
@@ -48,7 +48,7 @@ class Curves(NamedTuple):
 
 
 def halfway(shown):
-    """Halfway from guessing one of the labels shown, of which there are so many, to 100 %; in percent."""
+    """The accuracy (percent) halfway from guessing one of `shown` labels to 100 %."""
     return 50 + 50 / shown
 
 
@@ -61,7 +61,7 @@ class Group(NamedTuple):
 
 
 def grouped(runs: Sequence[Curves]) -> list[Group]:
-    """Runs by their label; where only some of these learned, the others are a group of their own."""
+    """Runs by their label; if only some runs of a label learned, the others are a group of their own."""
     groups: dict[str, list[Curves]] = {}
     for label in dict.fromkeys(run.label for run in runs):
         alike = [run for run in runs if run.label == label]
@@ -74,16 +74,16 @@ def grouped(runs: Sequence[Curves]) -> list[Group]:
 
 @styled
 def training_curves(runs: Sequence[Curves], samples_per_epoch: int) -> Figure:
-    """Loss, accuracy, learning rate and firing rates (of networks that have any) over the training samples seen.
+    """Loss, accuracy, learning rate and firing rates (if recorded) over the training samples seen.
 
-    Ticks on the accuracy stand where a curriculum goes on to longer sequences (column `training_length`).
+    Ticks on the accuracy mark where a curriculum goes on to longer sequences (column `training_length`).
     """
     groups = grouped(runs)
     panels = [panel for panel in TRAINING_PANELS if any(panel[2].keys() & run.columns.keys() for run in runs)]
     rows = math.ceil(len(panels) / 3)
     figure = new_figure(TWO_COLUMNS, 44 * rows)
     axes = figure.subplots(rows, 3, sharex=True).flat
-    handles = legend_lines(groups) if len(groups) > 1 else []  # the colours of one group tell columns apart
+    handles = legend_lines(groups) if len(groups) > 1 else []  # with one group, colours tell the columns apart
     for ax, letter, (title, unit, series) in zip(axes, "abcdef", panels, strict=False):
         heading(ax, letter, title)
         legend = []
@@ -110,7 +110,7 @@ def training_curves(runs: Sequence[Curves], samples_per_epoch: int) -> Figure:
 
 
 def samples_seen(columns: Mapping[str, np.ndarray], samples_per_epoch: int) -> np.ndarray:
-    """Thousands of them, after each epoch."""
+    """Thousands of training samples seen after each epoch."""
     return (columns["epoch"] - columns["epoch"][0] + 1) * samples_per_epoch / 1000
 
 
@@ -151,7 +151,7 @@ def accuracy_by_length(runs: Sequence[Curves]) -> Figure:
 
 
 def in_order(runs: Sequence[Curves]) -> list[Curves]:
-    """By the option of a sweep: numbers by their size, before words."""
+    """Runs sorted by the option of a sweep: numbers by their size, then words."""
     return sorted(runs, key=lambda run: (run.option,) if isinstance(run.option, int | float) else (math.inf, str(run.option)))
 
 
@@ -166,9 +166,9 @@ def by_option(runs: Sequence[Curves]) -> dict[str, dict[Any, tuple[list[float], 
 
 @styled
 def accuracy_by_option(runs: Sequence[Curves], name: str) -> Figure:
-    """Best validation accuracy against the option of a sweep: every run, and mean and standard deviation of those that learned.
+    """Best validation accuracy against the option of a sweep: every run, and mean and standard deviation over learned ones.
 
-    The values stand side by side, in order, whatever their distances.
+    The values are in order and evenly spaced.
     """
     groups = by_option(runs)
     values = list(dict.fromkeys(run.option for run in in_order(runs)))
@@ -186,19 +186,19 @@ def accuracy_by_option(runs: Sequence[Curves], name: str) -> Figure:
             handles.append(Line2D([], [], color=colour, label=label))
     ax.set_xticks(range(len(values)), map(str, values))
     ax.set(xlabel=name, ylabel="Best validation accuracy (%)", ylim=(0, 103))
-    words = {".": "a run; line: mean ± standard deviation of those that learned", "x": NOT_LEARNED}
+    words = {".": "a run; line: mean ± standard deviation of runs that learned", "x": NOT_LEARNED}
     handles += [Line2D([], [], color=BLACK, marker=marker, label=label, **dots) for marker, label in words.items()]
     add_legend(figure, [*handles, *draw_chance(ax, runs)], ONE_COLUMN)
     return figure
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Standard deviation of a sample; of one value it is 0."""
+    """Mean and sample standard deviation, which is 0 for one value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def draw_repetitions(ax: Axes, lines: list[tuple[np.ndarray, np.ndarray]], name: str, **look) -> None:
-    """Each run as a line; of several, the mean and range where all of them have values."""
+    """Each run as a line; for several runs, also their mean and range where all runs have values."""
     lines = [(x[order], y[order]) for x, y in lines for order in [np.argsort(x, kind="stable")]]
     thin = {"lw": 0.3, "alpha": 0.6} if len(lines) > 1 else {}
     for x, y in lines:
@@ -225,7 +225,7 @@ def legend_lines(groups: Sequence[Group]) -> list[Line2D]:
 
 
 def draw_chance(ax: Axes, runs: Sequence[Curves]) -> list[Line2D]:
-    """The levels of guessing among the classes of each run; of one class there is nothing to guess. Returns their legend."""
+    """Chance levels for the runs' numbers of classes, except for one class. Returns their legend."""
     look = {"color": GREY, "lw": 0.6, "ls": DASHED}
     classes = sorted({run.num_classes for run in runs} - {None, 1})
     for count in classes:
@@ -235,13 +235,13 @@ def draw_chance(ax: Axes, runs: Sequence[Curves]) -> list[Line2D]:
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D], width: float) -> None:
-    """Below the figure of this width (mm), which grows by the height of the legend. A label has at most three lines."""
+    """Add a legend below a figure of this width (mm). The figure grows by its height. A label has at most three lines."""
     ncols = 1 if width == ONE_COLUMN else 2
-    letters = int((width / ncols - 8) / 1.1)  # of a line of text: 8 mm for the handle, 1.1 mm for a letter
+    letters = int((width / ncols - 8) / 1.1)  # per line of text: 8 mm for the handle, 1.1 mm for a letter
     heights = []  # mm
     for handle in handles:
         text = textwrap.fill(str(handle.get_label()), letters, max_lines=3, placeholder=" …")
-        handle.set_label(text.replace("$", r"\$"))  # else Matplotlib reads mathematics
+        handle.set_label(text.replace("$", r"\$"))  # or Matplotlib would read mathematics
         heights.append(0.8 + 2.6 * (text.count("\n") + 1))
     height = 2 + max(sum(column) for column in np.array_split(heights, ncols))
     figure.set_figheight(figure.get_figheight() + height / 25.4)

@@ -1,4 +1,4 @@
-"""The files of figures: where they go, in which formats, and saving them."""
+"""Figure files: where they go, their formats, and how they are saved."""
 
 import os
 import tempfile
@@ -11,14 +11,14 @@ from utils.errors import UsageError, UserError, reason
 from utils.figures.animation import save_animation
 from utils.figures.style import styled
 
-# Format -> dots per inch (in vector files only rasters have any), and metadata: a date would make each file another one.
+# Format -> dots per inch (in vector files: of rasters) and metadata, without a date: the same figure gives the same file.
 FORMATS = {"png": (300, {}), "pdf": (600, {"CreationDate": None}), "svg": (600, {"Date": None})}
 
 
 def choose_file(figure: str, output: str, kind: str, sources: Sequence[str]) -> Path:
-    """The file of a figure: `output` itself, in the folder `output`, or beside what it is drawn from, under its name.
+    """The file of a figure: `output` itself, or in the folder `output`, or beside its source and named after the source.
 
-    A path with a suffix is a file, unless there is a folder of that name, or it ends in a slash. Raises UsageError.
+    A path with a suffix is a file, unless it is an existing folder or ends in a slash. Raises UsageError.
     """
     kinds = ["gif"] if figure == "animation" else list(FORMATS)
     name = f"{figure}.{kind if kind in kinds else kinds[0]}"
@@ -33,7 +33,7 @@ def choose_file(figure: str, output: str, kind: str, sources: Sequence[str]) -> 
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError where a file cannot be written, before anything is computed for it."""
+    """Raises UserError if a file cannot be written, before anything is computed for it."""
     try:
         tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())).close()
     except OSError as failure:

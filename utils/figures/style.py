@@ -17,7 +17,7 @@ DASHED, DOTTED = (0, (3, 1.5)), (0, (1, 1))
 
 
 def styled(draw):
-    """Decorator: a function that draws in the style, whatever the user's own settings are. It leaves no trace outside."""
+    """Decorator: draw in this style, whatever the user's own settings are, and leave these settings unchanged."""
 
     @wraps(draw)
     def wrapper(*args, **kwargs):
@@ -33,5 +33,5 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def heading(ax: Axes, letter: str, words: str, pad: float | None = None) -> None:
-    """The letter of a panel and its title, above it on the left; `pad` points above it."""
+    """The letter and the title of a panel, on the left, `pad` points above the panel."""
     ax.set_title(f"{letter}  {words}", loc="left", pad=pad)

@@ -1,12 +1,13 @@
-"""Fused GPU kernels in Triton, one file an operation, with cuBLAS products between them.
+"""Fused GPU kernels in Triton, one file per operation, with cuBLAS products between them.
 
-Experimental: they have not run on a GPU yet. The tests ran in the interpreter of Triton 3.7.1, which compiled them for an H100.
+Experimental: the kernels have not run on a GPU yet. The tests ran them in the interpreter of Triton 3.7.1, and Triton compiled
+them for an H100.
 
 Shapes: B batch, L pairs in a sequence, T time steps an input is held, E embedding size, M memory size. The operations take the
 arguments of the plain ones (`models.neurons.population`, `models.hebbian_memory`), which define the meaning.
 
-With the environment variable TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on a CPU too, thousands of times
-slower. That is for tests; `auto` then takes this backend on any device.
+With the environment variable TRITON_INTERPRET=1 the kernels run in Triton's interpreter, also on a CPU, thousands of times
+slower. The interpreter is for tests; `auto` then takes this backend on any device.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""A population of LIF neurons on the GPU: one thread a neuron.
+"""A population of LIF neurons on the GPU: one thread per neuron.
 
-The backward runs the forward again for the membranes, then time in reverse.
+The backward pass runs the forward pass again for the membranes, then goes through time in reverse.
 """
 
 from dataclasses import astuple
@@ -14,12 +14,12 @@ from models.backends.derivatives import differentiable, not_differentiable
 from models.backends.triton.common import dataclass_of, launch, lif_adjoint, lif_step
 from models.neurons import LIFNeuron
 
-NEURONS_PER_PROGRAM = 128  # one thread a neuron
+NEURONS_PER_PROGRAM = 128  # one thread per neuron
 AHEAD = tl.constexpr(8)  # loads in flight: a step of a feed-forward population takes far less than a load
 
 
 def lif(current: Tensor, steps: int, constants: LIFNeuron) -> Tensor:
-    """`models.neurons.population`, its spikes."""
+    """The spikes of `models.neurons.population`."""
     return _population(current, steps, astuple(constants))
 
 

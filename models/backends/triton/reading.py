@@ -1,6 +1,6 @@
-"""Reading from the memory on the GPU: one program a sample.
+"""Reading from the memory on the GPU: one program per sample.
 
-It reads from the memory (in cache) the columns of the neurons that fired.
+A program reads only the columns of neurons that fired, from the memory in cache.
 """
 
 from dataclasses import astuple
@@ -184,7 +184,7 @@ def _(grad_keys, grad_values, key_membranes, *_):
 def _read_setup(ctx, inputs, output):
     _, memory, weight, *ctx.constants = inputs
     keys, values, *membranes = output
-    ctx.set_materialize_grads(False)  # or PyTorch makes zeros as large as all that is kept
+    ctx.set_materialize_grads(False)  # or PyTorch would make zeros for all kept tensors
     ctx.save_for_backward(memory, weight, keys, values, *membranes)
 
 

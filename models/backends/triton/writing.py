@@ -1,9 +1,9 @@
 """Writing into the memory on the GPU.
 
-Given the keys, a row of the memory (a value neuron) is independent of every other. A program is one warp; it holds a tile of
-rows in registers and walks through time. The memory is kept every SEGMENT steps, from where the backward replays. A program
-adds up the key gradients of its tiles, and those of several programs are summed in a fixed order, without atomics: two runs on
-one GPU give identical bits.
+Given the keys, the rows of the memory (value neurons) are independent. A program is one warp; it holds a tile of rows in
+registers and walks through time. The memory is kept every SEGMENT steps, and the backward pass replays from there. Key
+gradients are summed in a fixed order without atomics, over the tiles of a program, then over the programs: two runs on one GPU
+give identical bits.
 """
 
 from dataclasses import astuple
@@ -29,11 +29,11 @@ from models.dynamics import Dynamics
 from models.neurons import LIFNeuron
 from models.plasticity import HebbianRule
 
-# The memory is kept every SEGMENT steps; the backward holds the UNROLLED states before as many steps at a time.
+# The memory is kept every SEGMENT steps; the backward pass holds the states before UNROLLED steps at a time.
 SEGMENT = 8
 UNROLLED = 4
-# Elements of a program's tile, and the registers that a thread may use: compiled for an H100 at memory size 100, next to
-# nothing is spilled, and a multiprocessor holds 16 programs of the forward and 12 of the backward.
+# Elements of a program's tile, and the registers that a thread may use. Compiled for an H100 at memory size 100, almost
+# no register is spilled. A multiprocessor holds 16 forward programs or 12 backward programs.
 WRITE_TILE, WRITE_REGISTERS = 1024, 128
 WRITE_BACKWARD_TILE, WRITE_BACKWARD_REGISTERS = 512, 168
 
@@ -53,7 +53,7 @@ def write_forward(
     current,  # B x time x size
     memory,  # B x size x size, written into
     value_spikes,  # B x time x size
-    # What the backward wants, if `save`:
+    # For the backward pass, if `save`:
     key_traces,  # B x time x size
     value_traces,  # B x time x size
     membranes,  # B x time x size
@@ -153,7 +153,7 @@ def write_backward(
                 nu = tl.load(value_traces + now + i, valid_i, other=0.0)
                 kappa = tl.load(key_traces + now + j, valid_j, other=0.0)
                 w = hebbian_step(w, nu, kappa, rule)
-            # Steps past the last one load zeros: there the memory stays as it is and no gradient arises.
+            # Steps past the last one load zeros, which change neither the memory nor a gradient.
             before, nus, kappas = (), (), ()
             for n in tl.static_range(unrolled):
                 now = (sample * steps + start + n) * size
@@ -179,7 +179,7 @@ def write_backward(
                 grad_drive = (1 - neuron.alpha) * grad_v
                 tl.store(grad_current + now + i, grad_drive, i < limit)
 
-                # The derivative of W' by W anew: the factors of all states would not fit into the registers.
+                # Recompute the derivative of W' by W: the factors of all states would not fit into the registers.
                 k = tl.load(key_spikes + now + j, j < limit, other=0.0)
                 grad_w = grad_w * (1 - rule.gamma_neg * kappa * kappa)[None, :] - scaled * kappa[None, :]
                 grad_w += (feedback * grad_drive)[:, None] * k[None, :]
@@ -193,7 +193,7 @@ def write_backward(
 def _write(
     key_spikes: Tensor, current: Tensor, feedback: float, neuron: list[float], rule: list[float], save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The memory, the value spikes, and what the backward wants if `save`: traces of keys and values, membranes of the
+    """The memory and the value spikes. With `save`, also for the backward pass: traces of keys and values, membranes of the
     values, and the memory every SEGMENT steps."""
     key_spikes, current = key_spikes.contiguous(), current.contiguous()
     outputs = _write_outputs(current, save)
@@ -282,7 +282,7 @@ def _(grad_memory, grad_values, key_spikes, *_):
 
 
 def _groups_that_fill(device: torch.device, batch: int) -> int:
-    """Programs a sample that fill the GPU: more would only need more memory, for the gradients of the keys."""
+    """Programs per sample that fill the GPU: more programs would only need more memory, for the gradients of the keys."""
     if device.type != "cuda":  # the interpreter
         return 2
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -292,7 +292,7 @@ def _groups_that_fill(device: torch.device, batch: int) -> int:
 def _write_setup(ctx, inputs, output):
     key_spikes, _, *ctx.constants, _ = inputs
     _, _, *kept = output
-    ctx.set_materialize_grads(False)  # or PyTorch makes zeros as large as all that is kept
+    ctx.set_materialize_grads(False)  # or PyTorch would make zeros for all kept tensors
     ctx.save_for_backward(key_spikes, *kept)
 
 
