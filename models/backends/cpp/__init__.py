@@ -20,7 +20,7 @@ KNOWN = {*CONSTANTS, "tau_mem", "tau_trace"} - {"alpha", "beta"}
 TENSORS = [name for name, *_ in Tensors._fields_]
 
 
-@functools.cache  # a compilation that failed is not tried again
+@functools.cache  # a failed compilation is not repeated
 def unavailable(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"its kernels run on a CPU, not on {device_type}"

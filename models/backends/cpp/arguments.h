@@ -1,4 +1,4 @@
-// What Python hands over. `build.py` reads the fields of both structs from this file.
+// The arguments from Python. `build.py` reads the fields of both structs from this file.
 
 #pragma once
 
@@ -12,7 +12,7 @@ struct Options {
     double alpha, beta;  // decay of membranes and of traces in one step
 };
 
-// Pointers to one call's tensors, row by row in memory; those of gradients and recordings may be null.
+// Pointers to the tensors of one call, row by row in memory. Pointers to gradients and recordings may be null.
 template <class T> struct Tensors {
     const T *features, *labels, *query;       // input currents, B x L x E, B x L x E, B x E
     const T *write_weight, *read_weight;      // 2M x 2E, M x (E + M)

@@ -1,5 +1,5 @@
-// The adjoint of a forward pass, from the trajectory it left, backward in time. The steps within a chunk are replayed from the
-// columns kept at their start.
+// The adjoint of a forward pass, backward in time along its trajectory. The steps within a chunk are replayed from the columns
+// kept at the chunk's start.
 
 #pragma once
 
@@ -20,13 +20,13 @@ template <class T> class Backward {
     Buffer<T> columns_adjoint;  // [key][value], dL/dy; values of writing in the order of the trajectory, of reading in their natural one
     Buffer<T> currents_adjoint; // [step of a block][keys, values], dL/dI
     Buffer<T> potentiation_adjoint, kappa_adjoint;  // [step of a chunk and the first one after it]
-    Buffer<T> from_memory;      // [step of a chunk][key]: dL/dz by what the values were fed back
-    Buffer<T> key_terms;        // [key][step of a chunk]: what is to be summed over lanes
+    Buffer<T> from_memory;      // [step of a chunk][key]: dL/dz through the memory's current to the values
+    Buffer<T> key_terms;        // [key][step of a chunk]: terms to be summed over lanes
     Buffer<T> dz, dv, dquery, encoder_dv, counts, write_grads;
     Buffer<int32_t> index;
     Buffer<uint32_t> near_steps;      // the steps of the chunk at which a key's surrogate derivative is not zero
-    std::vector<char> seen, touched;  // whether anything later in time sees column j; whether it has terms in this chunk
-    size_t open_segments = 0;         // those before the time that the backward has reached
+    std::vector<char> seen, touched;  // whether a later spike reads column j; whether it has terms in this chunk
+    size_t open_segments = 0;         // before the time that this pass has reached
 
     T* column_adjoint(int64_t j) { return columns_adjoint.at(j * Mp); }
     T* current_adjoint(int64_t t) { return currents_adjoint.at(t % BLOCK * 2 * Mp); }
@@ -115,7 +115,7 @@ private:
         std::fill_n(kappa_adjoint.at(CHUNK * Mp), Mp, T(0));
         from_memory.resize(CHUNK * Mp);
         key_terms.resize(CHUNK * Mp * LANES<T>);
-        dz.zeros(std::max(Mp, 2 * Ep));  // what is not set is multiplied by a surrogate derivative of zero
+        dz.zeros(std::max(Mp, 2 * Ep));  // entries that are not set meet a surrogate derivative of zero
         dv.zeros(2 * Mp);
         encoder_dv.zeros(6 * Ep);
         near_steps.resize(Mp);
@@ -149,7 +149,7 @@ private:
         keys_adjoint(start, end);
     }
 
-    // From the last step of a chunk to its first: the values, the columns, and dL/dkappa as far as it comes from the updates.
+    // From the last step of a chunk to its first: the values, the columns, and the part of dL/dkappa that comes from the updates.
     void values_and_memory_adjoint(int64_t start, int64_t end) {
         std::fill_n(potentiation_adjoint.at(), CHUNK * Mp, T(0));
         std::fill(touched.begin(), touched.end(), 0);
@@ -193,7 +193,7 @@ private:
         std::copy_n(kappa_adjoint.at(), Mp, after);
     }
 
-    // The adjoint of a trace, from the step after; and from it and the spike counts that of the spike, in `dz`.
+    // The adjoint of a trace, from that of the next step; and in `dz` the adjoint of the spike, from the trace and spike counts.
     void trace_adjoint(T* trace, const T* later, T gain, const T* count_grad) {
         const T beta = net.beta;
         T* dz = this->dz.at();
@@ -203,7 +203,7 @@ private:
         }
     }
 
-    // One sum over lanes for each step of the chunk, to which a key's columns add.
+    // A key's terms of dL/dkappa, a vector for each step of the chunk.
     V* terms_of(int64_t j) {
         V* terms = vec(key_terms.at(j * CHUNK * LANES<T>));
         if (!touched[j]) std::fill_n(terms, CHUNK, V{}), touched[j] = 1;
@@ -239,7 +239,7 @@ private:
             for (int b = 0; b < trajectory.active[start / CHUNK]; ++b) terms[s] += vec(column_adjoint(j))[b] * vec(potentiation(start + s))[b];
     }
 
-    // What the values were fed back from the memory, through the spikes of a key: adds sum over i of W_ij dL/dI_i(s).
+    // The memory's current to the values, through the spikes of a key: adds sum over i of W_ij dL/dI_i(s).
     void feedback_adjoint(int64_t start, const Segment& segment) {
         const int64_t j = segment.key;
         const int begin = segment.begin - start, end = segment.end - start;
@@ -326,7 +326,7 @@ private:
         weight_grads(begin, end);
     }
 
-    // Adds the adjoint of the drive at each step to the rows of the encoding neurons that fired, as `Forward::drive` took them.
+    // Adds the adjoint of the drive at each step to the rows that `Forward::drive` added.
     void weight_grads(int64_t begin, int64_t end) {
         for (int64_t t = end - 1; t >= begin; --t) {
             if (t + net.period < end) add(current_adjoint(t), current_adjoint(t + net.period), 2 * mv);

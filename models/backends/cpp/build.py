@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "store_and_recall.cpp"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
 ARM = platform.machine() in ("arm64", "aarch64")
-# Of each, the first that the compiler knows. Where the command of CXX says what to build for, the first pair is left out.
+# Of each group, the first flag that the compiler knows. If CXX names a processor, the first group is left out.
 OPTIONAL_FLAGS = (
     ("-mcpu=native", "-march=native") if ARM else ("-march=native",),
     ("-fno-tree-loop-distribute-patterns", "-mprefer-vector-width=512"),  # g++; clang++ on x86
@@ -34,11 +34,11 @@ ANOTHER_FOLDER = f"set {CACHE_VARIABLE} to another folder"
 
 
 class BuildError(Exception):
-    """The library cannot be had; the message says in one line why, with the remedy."""
+    """The library cannot be built or loaded; the message says why in one line, with the remedy."""
 
 
 def structure(name: str) -> type[ctypes.Structure]:
-    """A struct of `arguments.h`, which is the one description of what is handed to the kernels."""
+    """A struct of `arguments.h`, which alone describes the arguments of the kernels."""
     (body,) = re.findall(rf"struct {name} {{\n(.*?)\n}};", (FOLDER / "arguments.h").read_text(), re.DOTALL)
     kinds, fields = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}, []
     for declaration in re.sub("//.*", "", body).split(";")[:-1]:
@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernels: from the cache, or compiled now.
 
     Raises:
-        BuildError: they cannot be compiled, kept or loaded.
+        BuildError: the kernels cannot be compiled, kept or loaded.
     """
     compilers = _compilers()
     try:
@@ -89,7 +89,7 @@ def _compilers() -> list[list[str]]:
 
 
 def _key(compilers: list[list[str]]) -> str:
-    """Names all that a library depends on: the source, the compilers, and the processor that it is compiled for."""
+    """A digest of the source, the compilers and the processor, on which a library depends."""
     key = hashlib.sha256()
     for path in sorted([SOURCE, *FOLDER.glob("*.h"), Path(__file__)]):
         key.update(hashlib.sha256(path.read_bytes()).digest())
@@ -100,7 +100,7 @@ def _key(compilers: list[list[str]]) -> str:
 
 
 def _processor() -> str:
-    """Of a home folder shared by machines, each has its own library."""
+    """Machines that share a home folder get separate libraries."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -115,7 +115,7 @@ def _cache() -> Path:
     try:
         if chosen := os.environ.get(CACHE_VARIABLE):
             return _own_folder(Path(chosen).expanduser())
-        with contextlib.suppress(OSError, RuntimeError):  # no home, or none that can be written to
+        with contextlib.suppress(OSError, RuntimeError):  # no home folder, or a read-only one
             return _own_folder(Path.home() / ".cache" / NAME)
         return _own_folder(Path(tempfile.gettempdir()) / f"{NAME}-{os.getuid()}")
     except (OSError, RuntimeError) as failure:
@@ -129,7 +129,7 @@ def _own_folder(folder: Path) -> Path:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """What others can write is not loaded: it runs with the rights of who loads it."""
+    """Raises BuildError for a file that other users could have modified: a loaded library has our rights."""
     found = path.stat()
     if found.st_uid not in (os.geteuid(), 0):
         raise BuildError(f"{path} belongs to another user (id {found.st_uid}); {ANOTHER_FOLDER}")
@@ -138,7 +138,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _kept(folder: Path) -> Path | None:
-    """A library whose name is the digest of its contents; a damaged one is as good as none."""
+    """The library whose name is the digest of its contents. A damaged library is ignored."""
     for path in folder.glob("*.so"):
         _refuse_foreign(path)
         if hashlib.sha256(path.read_bytes()).hexdigest() == path.stem:
@@ -150,7 +150,7 @@ def _kept(folder: Path) -> Path | None:
 def _building(folder: Path) -> Iterator[bool]:
     """One process builds at a time, where the file system has locks; yields whether this one is alone.
 
-    A lock ends with its process. Who has waited long enough builds, too.
+    The lock ends with its process. After WAIT seconds, a waiting process builds without the lock.
     """
     import fcntl
 
@@ -181,9 +181,9 @@ def _say(line: str) -> None:
 
 
 def _build(compilers: list[list[str]], folder: Path, alone: bool) -> Path:
-    """Compile into a folder: a library is whole when it appears under its final name, its digest."""
+    """Compile into a folder. A library under its final name, its digest, is always whole."""
     if alone:
-        for left in folder.glob("build-*"):  # of processes that were killed
+        for left in folder.glob("build-*"):  # left by killed processes
             shutil.rmtree(left, ignore_errors=True)
         for damaged in folder.glob("*.so"):
             damaged.unlink()
@@ -227,7 +227,7 @@ def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"LC_ALL": "C", "TMPDIR": str(folder)}
     try:
         return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
-    except OSError as failure:  # no program after all
+    except OSError as failure:  # not an executable program
         return subprocess.CompletedProcess(command, 127, b"", str(failure.strerror).encode())
 
 
@@ -243,6 +243,6 @@ def _load(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as failure:
         remedy = f"{ANOTHER_FOLDER}, from which programs may run"
-        if "not found" in str(failure) or "undefined symbol" in str(failure):  # another C++ library than the compiler's
+        if "not found" in str(failure) or "undefined symbol" in str(failure):  # the C++ library is not that of the compiler
             remedy = "set CXX to the compiler of this Python's environment or of the system"
         raise BuildError(f"the compiled kernels cannot be loaded ({failure}); {remedy}") from None

@@ -20,7 +20,7 @@ template <class T> struct Network {
     const int64_t E, M, T_, steps, chunks;  // steps: of writing
     const int Ep, Mp, ev, mv;               // E and M padded, and in vectors
     const T beta, gamma_neg, value_gain, key_gain, w_max, feedback;
-    const T decayed;       // a key's trace below this counts as zero: beside that of a spike it is lost in rounding
+    const T decayed;       // a key's trace below this counts as zero: next to a spike's, rounding would lose it
     const int64_t period;  // steps after which a neuron that fired may fire again
 
     Network(const Options& o, const Tensors<T>& tensors)
@@ -40,21 +40,21 @@ struct Segment {
     bool decayed;    // the key's trace is zero: the updates change nothing
 };
 
-// What a forward pass leaves.
+// The record of a forward pass.
 template <class T> struct Trajectory {
     bool keep = false;  // for a backward
     int64_t sample = 0;
     Population<T> encoder, query, keys, values, read_keys, read_values;  // the encoder: vectors, then labels
-    SpikeTrain changes;   // of the encoder's spikes, against those a period before, or against none at the start of a block
-    // With `keep`, value neurons stand in the order of their first spikes: those which have fired by a step fill few vectors, and
-    // only these have any memory.
+    SpikeTrain changes;   // of the encoder's spikes since a period before; at the start of a block, since none fired
+    // With `keep`, value neurons are in the order of their first spikes, so that the neurons which have fired fill few vectors.
+    // Only these have any memory.
     Buffer<int32_t> order;             // the value neuron at each place
     Buffer<T> write_rows;              // weights.write in this order
     Buffer<T> key_traces;              // chunk by chunk [key][CHUNK]: kappa
     Buffer<T> potentiation;            // [step][value]: gamma_pos nu
-    Buffer<int64_t> first_key_spike;   // or `steps`
+    Buffer<int64_t> first_key_spike;   // `steps` if there is none
     Buffer<int32_t> first_value_spike;
-    Buffer<int32_t> active;            // at the end of each chunk, vectors of value neurons of which any has fired
+    Buffer<int32_t> active;            // at the end of each chunk: vectors in which a value neuron has fired
     std::vector<Segment> segments;     // in the order of their ends
     Buffer<T> segment_starts;
     Buffer<T> stored;                  // [key][value]: columns after writing, values in their natural order
@@ -63,7 +63,7 @@ template <class T> struct Trajectory {
     explicit Trajectory(const Network<T>& n)
         : encoder(n.o, 2 * n.Ep), query(n.o, n.Ep), keys(n.o, n.Mp), values(n.o, n.Mp), read_keys(n.o, n.Mp), read_values(n.o, n.Mp) {}
 
-    // Calls f(e, 1 or -1) for the encoding neurons by which a sum over those that fire at step t has changed.
+    // Calls f(e, 1) for the encoding neurons that a sum over the spikes of step t gains, and f(e, -1) for those that it loses.
     template <class F> void each_change(int64_t t, const F& f) const {
         changes.each(t, [&](int64_t e) { f(std::max(e, ~e), T(e < 0 ? -1 : 1)); });
     }
@@ -77,8 +77,8 @@ template <class T> class Forward {
     Trajectory<T>& trajectory;
     Buffer<T> current, drives, trace_rows;
     Buffer<T> columns;               // [key][value], y
-    Buffer<int64_t> updated_until;   // the step before which each column stands
-    int active = 0;                  // vectors of value neurons of which any has fired: the rest of the memory is zero
+    Buffer<int64_t> updated_until;   // a column includes the updates before this step
+    int active = 0;                  // vectors in which a value neuron has fired: the rest of the memory is zero
     int64_t starts_size = 0;
 
 public:
@@ -110,7 +110,7 @@ public:
         std::sort(order, order + M, [&](int32_t a, int32_t b) { return std::make_pair(first[a], a) < std::make_pair(first[b], b); });
     }
 
-    // The spikes of all populations, whose recordings follow one another in one array, and the memory.
+    // Records the spikes of all populations, one after the other in one array, and the memory.
     void record() {
         const int64_t E = net.E, M = net.M, sample = trajectory.sample;
         T* to = net.tensors.spikes;

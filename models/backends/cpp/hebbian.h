@@ -17,7 +17,7 @@
 
 constexpr int CHUNK = 16;  // steps of time taken together: whole vectors
 
-// What the updates of one chunk have of their key: one entry a step.
+// A key's part in the updates of one chunk: one entry per step.
 template <class T> struct KeyTrace {
     alignas(VECTOR_BYTES) T kappa[CHUNK], c[CHUNK], h[CHUNK];
     KeyTrace(const T* trace, T gamma_neg) {
@@ -43,7 +43,7 @@ template <class F> inline void in_groups(int nv, const F& f) {
     }
 }
 
-// N vectors of a column through the updates of steps begin to end of a chunk; `visit(s, y)` sees them before each.
+// Updates N vectors of a column in steps begin to end of a chunk, and calls `visit(s, y)` before each update.
 // `p` is [step][value], nv vectors wide.
 template <class T, int N, class Visit>
 inline void update(const Vec<T>* from, const KeyTrace<T>& key, const T* p, int nv, int begin, int end, const Visit& visit, Vec<T>* to) {
@@ -85,7 +85,7 @@ inline void update_adjoint(const Vec<T>* from, const KeyTrace<T>& key, const T* 
     for (int b = 0; b < N; ++b) adjoint[b] = a[b];
 }
 
-// The same for N vectors whose value neurons have not fired yet: y = 0 and p = 0, and nothing reaches kappa.
+// The same for N vectors whose value neurons have not fired yet: y = p = 0, so dL/dkappa = 0.
 template <class T, int N>
 inline void silent_update_adjoint(const KeyTrace<T>& key, int nv, int begin, int end, Vec<T>* adjoint, T* dp) {
     Vec<T> a[N];
@@ -100,7 +100,7 @@ inline void silent_update_adjoint(const KeyTrace<T>& key, int nv, int begin, int
     for (int b = 0; b < N; ++b) adjoint[b] = a[b];
 }
 
-// The same where kappa is zero: nothing changes, and only kappa has an adjoint.
+// The same while kappa is zero: the updates change nothing, and only kappa has an adjoint.
 template <class T, int N>
 inline void identity_adjoint(const Vec<T>* before, const T* p, int nv, int begin, int end, const Vec<T>* adjoint, Vec<T>* dkappa) {
     Vec<T> growth[N];

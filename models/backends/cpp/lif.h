@@ -1,6 +1,6 @@
 // Spike trains, and a population of LIF neurons: one step and its adjoint.
 //
-//   v(t) = m(t) + (1 - alpha) I(t)          m, the membrane's carry, is what the step before left
+//   v(t) = m(t) + (1 - alpha) I(t)          m: the membrane that the previous step left
 //   z(t) = 1 if v(t) > thr and the neuron is not refractory
 //   m(t+1) = alpha v(t) - thr z(t),  or with a perfect reset  alpha v(t) (1 - z(t))
 //
@@ -24,7 +24,7 @@ public:
         ends.resize(steps + 1);
         ends[0] = size = 0;
     }
-    int32_t* next() { return neurons.at(size); }  // where the neurons that fire now go
+    int32_t* next() { return neurons.at(size); }  // the place for the neurons that fire now
     void end_step(int64_t t, const int32_t* end) { ends[t + 1] = size = end - neurons.at(); }
     const int32_t* begin(int64_t t) const { return neurons.at(ends[t]); }
     const int32_t* end(int64_t t) const { return neurons.at(ends[t + 1]); }
@@ -33,8 +33,8 @@ public:
         for (const int32_t *n = begin(t), *stop = end(t); n != stop; ++n) f(int64_t(*n));
     }
 
-    // Makes step t of this train from another: the neurons i that fire then but not at step `before`, and those that fire only
-    // before, as ~i. Nothing fires before step 0.
+    // Makes step t of this train from the changes in another train between the steps `before` and t: i for a neuron that fires
+    // only at t, ~i for a neuron that fires only at `before`. Nothing fires before step 0.
     void take_changes(const SpikeTrain& other, int64_t t, int64_t before) {
         const int32_t *now = other.begin(t), *now_end = other.end(t), *then = now_end, *then_end = now_end;
         if (before >= 0) then = other.begin(before), then_end = other.end(before);
@@ -55,7 +55,7 @@ template <class T> class Population {
     bool keep = false;
     Buffer<T> carry, refractory;          // m; steps left in which a neuron cannot fire
     Buffer<T> surrogates, decays, resets; // [step][neuron]: s; with a perfect reset alpha (1 - z) and alpha v
-    Buffer<char> near_threshold;          // [step][vector]: whether any s of the vector is not zero; if not, they are not written
+    Buffer<char> near_threshold;          // [step][vector]: whether any s is not zero; if none is, they are not written
 public:
     const int nv;  // vectors
     Buffer<T> count;
@@ -106,7 +106,7 @@ public:
             fired += write_indices(bits<T>(fires), b * LANES<T>, fired);
             if (keep) {
                 const V height = one - (u < zero ? -u : u);
-                const auto is_near = may_fire & ~(height <= zero);  // what is not a number stays so
+                const auto is_near = may_fire & ~(height <= zero);  // NaN stays NaN
                 near[b] = bits<T>(is_near) != 0;
                 if (near[b]) surrogates[b] = is_near ? surrogate_at_thr * height : zero;
             }
@@ -115,7 +115,7 @@ public:
         spikes.end_step(t, fired);
     }
 
-    // The neurons whose spike at step t has an adjoint; returns how many. Up to 16 places further may be written.
+    // Lists the neurons whose spike at step t has an adjoint, and returns how many. May write up to 16 places further.
     int list_near_threshold(int64_t t, int32_t* neurons) const {
         int n = 0;
         for (int b = 0; b < nv; ++b)

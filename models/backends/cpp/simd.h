@@ -41,7 +41,7 @@ template <> struct Vectors<double> {
     typedef int64_t integers __attribute__((vector_size(VECTOR_BYTES)));
 };
 template <class T> using Vec = typename Vectors<T>::type;
-template <class T> using IntVec = typename Vectors<T>::integers;  // what a comparison gives: each lane 0 or -1
+template <class T> using IntVec = typename Vectors<T>::integers;  // the result of a comparison: each lane 0 or -1
 
 template <class T> Vec<T>* vec(T* p) { return reinterpret_cast<Vec<T>*>(p); }
 template <class T> const Vec<T>* vec(const T* p) { return reinterpret_cast<const Vec<T>*>(p); }
@@ -63,7 +63,7 @@ template <class T> uint32_t bits(IntVec<T> v) {
 #endif
 }
 
-// Writes first + i for every bit i, and perhaps anything up to 16 places further; returns how many bits there are.
+// Writes first + i for every bit i, and returns the number of bits. May write up to 16 places further.
 inline int write_indices(uint32_t bits, int first, int32_t* to) {
 #if VECTOR_BYTES == 64
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -76,7 +76,7 @@ inline int write_indices(uint32_t bits, int first, int32_t* to) {
 #endif
 }
 
-// A vector of the lanes of a and b (which follow those of a) that `lane` gives for each place.
+// A vector whose lane i is lane(i) of a, or of b, whose lanes are counted after those of a.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define HAS_SHUFFLEVECTOR  // clang, g++ 12
@@ -124,7 +124,7 @@ template <class T, int H = LANES<T> / 2> void transpose(Vec<T>* v) {
     }
 }
 
-// Denormal numbers count as zero while this lives, in this thread only: decaying traces end in them.
+// While this lives, denormal numbers count as zero in this thread: decaying traces become denormal.
 class FlushToZero {
 #if defined(__SSE2__)
     unsigned saved = _mm_getcsr();
@@ -150,7 +150,7 @@ public:
     FlushToZero(const FlushToZero&) = delete;
 };
 
-// An array aligned to vectors, of at least the size last asked for.
+// An array aligned to vectors. It has at least the size of the last request.
 template <class T> class Buffer {
     struct Free { void operator()(T* p) const { std::free(p); } };
     std::unique_ptr<T, Free> data;

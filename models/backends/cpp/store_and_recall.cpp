@@ -22,9 +22,9 @@
 
 namespace {
 
-constexpr int MAX_PARTS = 64;  // of the batch; each sums its own weight gradients, so that the number of threads does not matter
+constexpr int MAX_PARTS = 64;  // of the batch; each part sums its own weight gradients, so the result does not depend on the threads
 
-// Runs `body` on several threads; it is given a function that calls run(part, first sample, end) for parts of the batch.
+// Runs `body` on several threads. `body` gets a function that calls run(part, first sample, end) for parts of the batch.
 template <class Body> void in_parallel(const Options& o, const Body& body) {
     const int64_t parts = std::min<int64_t>(o.batch, MAX_PARTS);
     std::atomic<int64_t> next{0};
@@ -35,14 +35,14 @@ template <class Body> void in_parallel(const Options& o, const Body& body) {
             body([&](const auto& run) {
                 for (int64_t part; !failed && (part = next++) < parts;) run(part, part * o.batch / parts, (part + 1) * o.batch / parts);
             });
-        } catch (...) {  // what can be thrown is a lack of memory
+        } catch (...) {  // only running out of memory throws
             failed = true;
         }
     };
     std::vector<std::thread> threads;
     try {
         for (int64_t i = 1; i < std::min(o.threads, parts); ++i) threads.emplace_back(work);
-    } catch (...) {  // the system grants no more: fewer do the work
+    } catch (...) {  // the system allows no more threads: fewer do the work
     }
     work();
     for (auto& thread : threads) thread.join();
@@ -83,7 +83,7 @@ template <class T> void backward(const Options& o, const Tensors<T>& tensors) {
         if (part) part->each(o, tensors.grad_write_weight, tensors.grad_read_weight, [](T& grad, const T& here, T&) { grad += here; });
 }
 
-// 0, or 1 where memory is lacking.
+// Returns 0, or 1 if memory ran out.
 template <class T> int run(void (*pass)(const Options&, const Tensors<T>&), const Options* o, const Tensors<T>* tensors) {
     try {
         pass(*o, *tensors);

@@ -45,8 +45,8 @@ public:
         });
     }
 
-    // Row e goes out from neuron e. The last one holds what a drive starts from: 0, and not a number where any weight of the
-    // neuron that is driven is not finite, as in a matrix product.
+    // Row e goes out from neuron e. The last row is where a drive starts: 0, or NaN for a driven neuron of which any weight is
+    // not finite, as in a matrix product.
     T* write(int64_t e) { return writing.at(e * 2 * Mp); }
     T* query(int64_t e) { return from_query.at(e * Mp); }
     T* feedback(int64_t i) { return from_values.at(i * Mp); }
@@ -54,7 +54,7 @@ public:
     const T* query(int64_t e) const { return from_query.at(e * Mp); }
     const T* feedback(int64_t i) const { return from_values.at(i * Mp); }
 
-    // Visits (element of a weight, its place here, the place of its drive at rest).
+    // Visits (element of a weight, its place here, its place in the last row).
     template <class W, class Visit> void each(const Options& o, W* write_weight, W* read_weight, const Visit& visit) {
         const int64_t E = o.embedding, M = o.memory;
         for (int64_t i = 0; i < 2 * M; ++i) {
