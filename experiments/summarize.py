@@ -44,7 +44,7 @@ CROSS = {"marker": "x", "ms": 4, "mew": 1}  # a run that did not learn
 _NOT_SHOWN = ("sequence_length", "num_classes", "seed", "epochs", "start_epoch", "curriculum_start", "curriculum_step")
 NOTE = (
     "Mean ± standard deviation over the seeds that learned (where none did, over all). Validation: the best epoch. Test: "
-    "published test set, the network of that epoch. Learned: validation accuracy over halfway from guessing one of the labels "
+    "original test set, the network of that epoch. Learned: validation accuracy over halfway from guessing one of the labels "
     f"shown to 100 %. Silent: the reading values fire at less than {models.SILENT_BELOW} Hz in the last epoch. "
     "Minutes: training and validation, mean over the seeds, on shared machines of different speed; the first runs did not "
     "record them. Each run: table.csv."
@@ -205,7 +205,7 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
     """Test accuracy by length: one panel for the published options, and one for other options."""
     published = [row for row in rows if row["training"] == "published options"]
     others = [row for row in rows if row["training"] != "published options"]
-    panels = [panel for panel in (("Published options", published), ("Other trainings", others)) if panel[1]]
+    panels = [panel for panel in (("Published options", published), ("Other options", others)) if panel[1]]
     figure = new_figure(TWO_COLUMNS if len(panels) > 1 else ONE_COLUMN, 82)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     longest = max(3, *(row["sequence_length"] for row in rows))
