@@ -314,6 +314,7 @@ private:
             const int n = trajectory.encoder.list_near_threshold(t, index.at());
             for (int k = 0; k < n; ++k) dz[index[k]] = count_grad(FEATURES)[index[k]];
             dots<T>(index.at(), n, [&](int64_t e) { return trajectory.write_rows.at(e * 2 * Mp); }, current_adjoint(t), 2 * mv, T(1), dz);
+            trajectory.encoder.spikes.each(t, [&](int64_t e) { add(write_grads.at(e * 2 * Mp), current_adjoint(t), 2 * mv); });
             trajectory.encoder.adjoint(t, dz, dv, dcurrent);
             add(total, dcurrent, 2 * net.ev);
             if (t % net.T_ == 0) {
@@ -323,14 +324,6 @@ private:
                 std::fill_n(total, 2 * Ep, T(0));
             }
         }
-        weight_grads(begin, end);
     }
 
-    // Adds the adjoint of the drive at each step to the rows of the encoding neurons that fired, as `Forward::drive` took them.
-    void weight_grads(int64_t begin, int64_t end) {
-        for (int64_t t = end - 1; t >= begin; --t) {
-            if (t + net.period < end) add(current_adjoint(t), current_adjoint(t + net.period), 2 * mv);
-            trajectory.each_change(t, [&](int64_t e, T sign) { add(write_grads.at(e * 2 * Mp), current_adjoint(t), 2 * mv, sign); });
-        }
-    }
 };

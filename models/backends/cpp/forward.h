@@ -21,15 +21,13 @@ template <class T> struct Network {
     const int Ep, Mp, ev, mv;               // E and M padded, and in vectors
     const T beta, gamma_neg, value_gain, key_gain, w_max, feedback;
     const T decayed;       // a key's trace below this counts as zero: beside that of a spike it is lost in rounding
-    const int64_t period;  // steps after which a neuron that fired may fire again
 
     Network(const Options& o, const Tensors<T>& tensors)
         : o(o), tensors(tensors), weights(o, tensors), E(o.embedding), M(o.memory), T_(o.num_time_steps),
           steps(o.pairs * o.num_time_steps), chunks((steps + CHUNK - 1) / CHUNK), Ep(padded<T>(E)), Mp(padded<T>(M)),
           ev(Ep / LANES<T>), mv(Mp / LANES<T>), beta(o.beta), gamma_neg(o.gamma_neg), value_gain(o.gamma_pos * (1 - o.beta)),
           key_gain(1 - o.beta), w_max(o.w_max), feedback(o.memory_feedback * o.w_max),
-          decayed(key_gain * std::numeric_limits<T>::epsilon() / 4),
-          period(std::min<int64_t>(o.refractory_time_steps, BLOCK) + 1) {}
+          decayed(key_gain * std::numeric_limits<T>::epsilon() / 4) {}
 };
 
 // The updates of column `key` in steps begin to end, between two spikes of its key and within one chunk.
@@ -45,7 +43,6 @@ template <class T> struct Trajectory {
     bool keep = false;  // for a backward
     int64_t sample = 0;
     Population<T> encoder, query, keys, values, read_keys, read_values;  // the encoder: vectors, then labels
-    SpikeTrain changes;   // of the encoder's spikes, against those a period before, or against none at the start of a block
     // With `keep`, value neurons stand in the order of their first spikes: those which have fired by a step fill few vectors, and
     // only these have any memory.
     Buffer<int32_t> order;             // the value neuron at each place
@@ -62,11 +59,6 @@ template <class T> struct Trajectory {
 
     explicit Trajectory(const Network<T>& n)
         : encoder(n.o, 2 * n.Ep), query(n.o, n.Ep), keys(n.o, n.Mp), values(n.o, n.Mp), read_keys(n.o, n.Mp), read_values(n.o, n.Mp) {}
-
-    // Calls f(e, 1 or -1) for the encoding neurons by which a sum over those that fire at step t has changed.
-    template <class F> void each_change(int64_t t, const F& f) const {
-        changes.each(t, [&](int64_t e) { f(std::max(e, ~e), T(e < 0 ? -1 : 1)); });
-    }
 };
 
 template <class T> class Forward {
@@ -187,7 +179,6 @@ private:
         const int64_t steps = net.steps, chunks = net.chunks;
         const bool keep = trajectory.keep;
         trajectory.encoder.start(steps, keep), trajectory.keys.start(steps, keep), trajectory.values.start(steps, keep);
-        trajectory.changes.start(steps, 2 * Ep);
         trajectory.potentiation.resize(chunks * CHUNK * Mp);
         std::fill(trajectory.potentiation.at(steps * Mp), trajectory.potentiation.at(chunks * CHUNK * Mp), T(0));
         trajectory.key_traces.resize(chunks * CHUNK * Mp);
@@ -223,7 +214,6 @@ private:
                 std::copy_n(net.tensors.labels + pair, net.E, current.at(Ep));
             }
             trajectory.encoder.step(t, current.at());
-            trajectory.changes.take_changes(trajectory.encoder.spikes, t, t - begin < net.period ? -1 : t - net.period);
         }
     }
 
@@ -232,8 +222,8 @@ private:
         const T* rows = trajectory.keep ? trajectory.write_rows.at() : net.weights.write(0);
         for (int64_t t = begin; t < end; ++t) {
             T* sum = drives.at((t - begin) * 2 * Mp);
-            std::copy_n(t - begin < net.period ? rows + 2l * Ep * 2 * Mp : sum - net.period * 2 * Mp, 2 * Mp, sum);
-            trajectory.each_change(t, [&](int64_t e, T sign) { add(sum, rows + e * 2 * Mp, 2 * mv, sign); });
+            std::copy_n(rows + 2l * Ep * 2 * Mp, 2 * Mp, sum);
+            trajectory.encoder.spikes.each(t, [&](int64_t e) { add(sum, rows + e * 2 * Mp, 2 * mv); });
         }
     }
 

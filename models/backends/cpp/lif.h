@@ -32,20 +32,6 @@ public:
     template <class F> void each(int64_t t, const F& f) const {
         for (const int32_t *n = begin(t), *stop = end(t); n != stop; ++n) f(int64_t(*n));
     }
-
-    // Makes step t of this train from another: the neurons i that fire then but not at step `before`, and those that fire only
-    // before, as ~i. Nothing fires before step 0.
-    void take_changes(const SpikeTrain& other, int64_t t, int64_t before) {
-        const int32_t *now = other.begin(t), *now_end = other.end(t), *then = now_end, *then_end = now_end;
-        if (before >= 0) then = other.begin(before), then_end = other.end(before);
-        int32_t* to = next();
-        while (now != now_end || then != then_end) {
-            if (then == then_end || (now != now_end && *now < *then)) *to++ = *now++;
-            else if (now == now_end || *then < *now) *to++ = ~*then++;
-            else ++now, ++then;
-        }
-        end_step(t, to);
-    }
 };
 
 template <class T> class Population {
