@@ -216,12 +216,6 @@ private:
         const KeyTrace<T> key(trajectory.key_traces.at(start * Mp + j * CHUNK), net.gamma_neg);
         V *terms = terms_of(j), *adjoint = vec(column_adjoint(j));
         const V* before = vec(trajectory.segment_starts.at(segment.start));
-        if (segment.decayed) {
-            in_groups(segment.active, [&](int b, auto n) {
-                identity_adjoint<T, n>(before + b, potentiation(start) + b * LANES<T>, mv, begin, end, adjoint + b, terms);
-            });
-            return;
-        }
         in_groups(segment.active, [&](int b, auto n) {
             update_adjoint<T, n>(before + b, key, potentiation(start) + b * LANES<T>, mv, begin, end, adjoint + b,
                                  potentiation_adjoint.at(b * LANES<T>), terms);
@@ -252,14 +246,6 @@ private:
         const T feedback = net.feedback;
         in_groups(segment.active, [&](int b, auto n) {
             V after[n];
-            if (segment.decayed) {
-                for (int s = begin; s < last; ++s) {
-                    V sum = {};
-                    for (int k = 0; k < n; ++k) sum += before[b + k] * vec(current_adjoint(start + s) + Mp)[b + k];
-                    terms[s] += feedback * sum;
-                }
-                return;
-            }
             update<T, n>(before + b, key, potentiation(start) + b * LANES<T>, mv, begin, last, [&](int s, const V* y) {
                 V sum = {};
                 for (int k = 0; k < n; ++k) sum += y[k] * vec(current_adjoint(start + s) + Mp)[b + k];

@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <limits>
 #include <utility>
 #include <vector>
 
@@ -20,7 +19,6 @@ template <class T> struct Network {
     const int64_t E, M, T_, steps, chunks;  // steps: of writing
     const int Ep, Mp, ev, mv;               // E and M padded, and in vectors
     const T beta, gamma_neg, value_gain, key_gain, w_max, feedback;
-    const T decayed;       // a key's trace below this counts as zero: beside that of a spike it is lost in rounding
     const int64_t period;  // steps after which a neuron that fired may fire again
 
     Network(const Options& o, const Tensors<T>& tensors)
@@ -28,7 +26,6 @@ template <class T> struct Network {
           steps(o.pairs * o.num_time_steps), chunks((steps + CHUNK - 1) / CHUNK), Ep(padded<T>(E)), Mp(padded<T>(M)),
           ev(Ep / LANES<T>), mv(Mp / LANES<T>), beta(o.beta), gamma_neg(o.gamma_neg), value_gain(o.gamma_pos * (1 - o.beta)),
           key_gain(1 - o.beta), w_max(o.w_max), feedback(o.memory_feedback * o.w_max),
-          decayed(key_gain * std::numeric_limits<T>::epsilon() / 4),
           period(std::min<int64_t>(o.refractory_time_steps, BLOCK) + 1) {}
 };
 
@@ -37,7 +34,6 @@ struct Segment {
     int32_t key, begin, end;
     int32_t active;  // vectors of the column that are not zero
     int64_t start;   // where these are kept as they were before
-    bool decayed;    // the key's trace is zero: the updates change nothing
 };
 
 // What a forward pass leaves.
@@ -167,15 +163,14 @@ private:
         for (int64_t& until = updated_until[j]; until < t;) {
             const int64_t start = until / CHUNK * CHUNK, end = std::min(t, start + CHUNK);
             const T* trace = trajectory.key_traces.at(start * Mp + j * CHUNK);
-            const bool decayed = trace[until - start] == 0;
             if (trajectory.keep) {
-                trajectory.segments.push_back({int32_t(j), int32_t(until), int32_t(end), active, starts_size, decayed});
+                trajectory.segments.push_back({int32_t(j), int32_t(until), int32_t(end), active, starts_size});
                 std::copy_n(column(j), active * LANES<T>, trajectory.segment_starts.grow(starts_size + Mp) + starts_size);
                 starts_size += active * LANES<T>;
                 for (int b = 8; b < 8 + active; ++b) __builtin_prefetch(vec(trajectory.segment_starts.at(starts_size)) + b, 1);
             }
             const KeyTrace<T> key(trace, net.gamma_neg);
-            if (!decayed) in_groups(active, [&](int b, auto n) {
+            in_groups(active, [&](int b, auto n) {
                 V* y = vec(column(j)) + b;
                 update<T, n>(y, key, trajectory.potentiation.at(start * Mp + b * LANES<T>), mv, until - start, end - start, [](int, V*) {}, y);
             });
@@ -259,7 +254,6 @@ private:
     void fire_keys(int64_t start, int64_t end, const T* key_drive) {
         T* last = trace_rows.at(CHUNK * Mp);
         const T beta = net.beta;
-        const V decayed = V{} + net.decayed;
         for (int s = 0; s < CHUNK; ++s) {
             T* row = trace_rows.at(s * Mp);
             const T* before = s ? row - Mp : last;
@@ -268,10 +262,7 @@ private:
                 continue;
             }
             trajectory.keys.step(start + s, key_drive + s * 2 * Mp);
-            for (int b = 0, n = mv; b < n; ++b) {
-                const V trace = beta * vec(before)[b];
-                vec(row)[b] = trace < decayed ? V{} : trace;
-            }
+            for (int b = 0, n = mv; b < n; ++b) vec(row)[b] = beta * vec(before)[b];
             trajectory.keys.spikes.each(start + s, [&](int64_t j) {
                 row[j] += net.key_gain;
                 trajectory.first_key_spike[j] = std::min(trajectory.first_key_spike[j], start + s);

@@ -99,15 +99,3 @@ inline void silent_update_adjoint(const KeyTrace<T>& key, int nv, int begin, int
     }
     for (int b = 0; b < N; ++b) adjoint[b] = a[b];
 }
-
-// The same where kappa is zero: nothing changes, and only kappa has an adjoint.
-template <class T, int N>
-inline void identity_adjoint(const Vec<T>* before, const T* p, int nv, int begin, int end, const Vec<T>* adjoint, Vec<T>* dkappa) {
-    Vec<T> growth[N];
-    for (int b = 0; b < N; ++b) growth[b] = adjoint[b] - adjoint[b] * before[b];
-    for (int s = begin; s < end; ++s) {
-        Vec<T> sum = {};
-        for (int b = 0; b < N; ++b) sum += growth[b] * vec(p)[s * nv + b];
-        dkappa[s] += sum;
-    }
-}
