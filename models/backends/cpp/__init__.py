@@ -60,7 +60,7 @@ def _forward(
     read_weight: Tensor,
     constants: list[float],
     record: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = _empty(features, labels, query, write_weight, read_weight, constants, record)
     inputs = (x.contiguous() for x in (features, labels, query, write_weight, read_weight))
     results[2].zero_()  # the kernel writes only where a neuron fires
@@ -78,7 +78,6 @@ def _empty(features, labels, query, write_weight, read_weight, constants, record
         features.new_empty(batch, 3 * embedding + 4 * size),
         features.new_empty(spikes),
         features.new_empty((batch, size, size) if record else 0),
-        features.new_empty((batch, size), dtype=torch.int32),
     )
 
 
@@ -91,20 +90,19 @@ def _backward(
     query: Tensor,
     write_weight: Tensor,
     read_weight: Tensor,
-    value_order: Tensor,
     constants: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = [x.contiguous() for x in (features, labels, query, write_weight, read_weight)]
     first, second, third, fourth, fifth = gradients = [torch.zeros_like(x) for x in inputs]
     tensors = dict(zip(TENSORS, inputs, strict=False))
-    tensors |= {"value_order": value_order, "grad_readout": grad_readout.contiguous(), "grad_counts": grad_counts.contiguous()}
+    tensors |= {"grad_readout": grad_readout.contiguous(), "grad_counts": grad_counts.contiguous()}
     tensors |= dict(zip(TENSORS[-5:], gradients, strict=True))
     _call("backward", constants, tensors)
     return first, second, third, fourth, fifth
 
 
 @_backward.register_fake
-def _(grad_readout, grad_counts, features, labels, query, write_weight, read_weight, value_order, constants):
+def _(grad_readout, grad_counts, features, labels, query, write_weight, read_weight, constants):
     return tuple(torch.empty_like(x) for x in (features, labels, query, write_weight, read_weight))
 
 
@@ -113,9 +111,9 @@ _backward_once = not_differentiable(torch.ops.memorizing_associations.store_and_
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.constants, _ = inputs
-    _, _, *not_learned, value_order = output
-    ctx.mark_non_differentiable(*not_learned, value_order)
-    ctx.save_for_backward(*tensors, value_order)
+    _, _, *not_learned = output
+    ctx.mark_non_differentiable(*not_learned)
+    ctx.save_for_backward(*tensors)
 
 
 def _gradient(ctx, grad_readout, grad_counts, *_):
@@ -137,7 +135,7 @@ def store_and_recall(
     """As `models.hebbian_memory.store_and_recall`."""
     backends.check_operands(features_current, labels_current, query_current, write_weight, read_weight)
     (batch, pairs, embedding), size = features_current.shape, read_weight.shape[0]
-    readout, counts, spikes, memory, _ = _run(
+    readout, counts, spikes, memory = _run(
         features_current, labels_current, query_current, write_weight, read_weight, _constants(dynamics), record
     )
     widths = (embedding,) * 3 + (size,) * 4

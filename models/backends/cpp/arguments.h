@@ -17,7 +17,6 @@ template <class T> struct Tensors {
     const T *features, *labels, *query;       // input currents, B x L x E, B x L x E, B x E
     const T *write_weight, *read_weight;      // 2M x 2E, M x (E + M)
     T *readout, *counts, *spikes, *memory;    // B x M, B x (3E + 4M), all populations one after the other, B x M x M
-    int32_t *value_order;                     // B x M, value neurons in the order of their first spikes: from forward to backward
     const T *grad_readout, *grad_counts;
     T *grad_features, *grad_labels, *grad_query, *grad_write_weight, *grad_read_weight;
 };

@@ -59,13 +59,6 @@ private:
             std::copy_n(from, n, count_grad(population));
             from += n;
         }
-        order_values(count_grad(VALUES));
-    }
-
-    // From the natural order of the value neurons to that of the trajectory.
-    void order_values(T* values) {
-        const T* natural = std::copy_n(values, Mp, dz.resize(std::max(2 * Ep, Mp))) - Mp;
-        for (int i = 0; i < Mp; ++i) values[i] = natural[trajectory.order[i]];
     }
 
     // ------------------------------------------------------------------------------------------------------- reading
@@ -123,7 +116,7 @@ private:
         touched.assign(M, 0);
         seen.assign(M, 0);
         for (int64_t j = 0; j < M; ++j)
-            if ((seen[j] = trajectory.read_keys.count[j] > 0)) order_values(column_adjoint(j));
+            seen[j] = trajectory.read_keys.count[j] > 0;
         write_grads.zeros(4l * Ep * Mp);
         for (int64_t block = (steps - 1) / BLOCK * BLOCK; block >= 0; block -= BLOCK) {
             const int64_t end = std::min(steps, block + BLOCK);
@@ -133,8 +126,7 @@ private:
         for (int64_t e = 0; e < 2 * Ep; ++e) {
             const T* from = write_grads.at(e * 2 * Mp);
             T* to = grads.write(e);
-            add(to, from, mv);
-            for (int i = 0; i < Mp; ++i) to[Mp + trajectory.order[i]] += from[Mp + i];
+            add(to, from, 2 * mv);
         }
     }
 
@@ -313,7 +305,7 @@ private:
         for (int64_t t = end - 1; t >= begin; --t) {
             const int n = trajectory.encoder.list_near_threshold(t, index.at());
             for (int k = 0; k < n; ++k) dz[index[k]] = count_grad(FEATURES)[index[k]];
-            dots<T>(index.at(), n, [&](int64_t e) { return trajectory.write_rows.at(e * 2 * Mp); }, current_adjoint(t), 2 * mv, T(1), dz);
+            dots<T>(index.at(), n, [&](int64_t e) { return net.weights.write(e); }, current_adjoint(t), 2 * mv, T(1), dz);
             trajectory.encoder.adjoint(t, dz, dv, dcurrent);
             add(total, dcurrent, 2 * net.ev);
             if (t % net.T_ == 0) {

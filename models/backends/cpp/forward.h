@@ -46,14 +46,9 @@ template <class T> struct Trajectory {
     int64_t sample = 0;
     Population<T> encoder, query, keys, values, read_keys, read_values;  // the encoder: vectors, then labels
     SpikeTrain changes;   // of the encoder's spikes, against those a period before, or against none at the start of a block
-    // With `keep`, value neurons stand in the order of their first spikes: those which have fired by a step fill few vectors, and
-    // only these have any memory.
-    Buffer<int32_t> order;             // the value neuron at each place
-    Buffer<T> write_rows;              // weights.write in this order
     Buffer<T> key_traces;              // chunk by chunk [key][CHUNK]: kappa
     Buffer<T> potentiation;            // [step][value]: gamma_pos nu
     Buffer<int64_t> first_key_spike;   // or `steps`
-    Buffer<int32_t> first_value_spike;
     Buffer<int32_t> active;            // at the end of each chunk, vectors of value neurons of which any has fired
     std::vector<Segment> segments;     // in the order of their ends
     Buffer<T> segment_starts;
@@ -88,7 +83,6 @@ public:
     void run(int64_t sample, bool keep) {
         trajectory.sample = sample;
         trajectory.keep = keep;
-        order_values();
         write();
         read();
     }
@@ -104,10 +98,6 @@ public:
         append(trajectory.query.count.at(), E);
         for (auto* population : {&trajectory.keys, &trajectory.values, &trajectory.read_keys, &trajectory.read_values})
             append(population->count.at(), M);
-        int32_t* order = to.value_order + sample * M;
-        for (int64_t i = 0; i < M; ++i) order[i] = i;
-        const auto& first = trajectory.first_value_spike;
-        std::sort(order, order + M, [&](int32_t a, int32_t b) { return std::make_pair(first[a], a) < std::make_pair(first[b], b); });
     }
 
     // The spikes of all populations, whose recordings follow one another in one array, and the memory.
@@ -137,21 +127,6 @@ public:
     }
 
 private:
-    void order_values() {
-        auto& order = trajectory.order;
-        order.resize(Mp);
-        for (int i = 0; i < Mp; ++i) order[i] = i;
-        if (!trajectory.keep) return;
-        std::copy_n(net.tensors.value_order + trajectory.sample * net.M, net.M, order.at());
-        trajectory.write_rows.resize((2 * Ep + 1) * 2 * Mp);
-        for (int64_t e = 0; e <= 2 * Ep; ++e) {
-            const T* from = net.weights.write(e);
-            T* to = trajectory.write_rows.at(e * 2 * Mp);
-            std::copy_n(from, Mp, to);
-            for (int i = 0; i < Mp; ++i) to[Mp + i] = from[Mp + order[i]];
-        }
-    }
-
     T* column(int64_t j) { return columns.at(j * Mp); }
 
     // Column j after writing, values in their natural order.
@@ -192,7 +167,6 @@ private:
         std::fill(trajectory.potentiation.at(steps * Mp), trajectory.potentiation.at(chunks * CHUNK * Mp), T(0));
         trajectory.key_traces.resize(chunks * CHUNK * Mp);
         trajectory.first_key_spike.fill(Mp, steps);
-        trajectory.first_value_spike.fill(Mp, steps);
         trajectory.active.resize(chunks);
         trajectory.segments.clear();
         starts_size = 0;
@@ -211,7 +185,7 @@ private:
         trajectory.stored.resize(net.M * Mp);
         for (int64_t j = 0; j < net.M; ++j)
             if (trajectory.first_key_spike[j] < steps)
-                for (int i = 0; i < Mp; ++i) trajectory.stored[j * Mp + trajectory.order[i]] = column(j)[i];
+                std::copy_n(column(j), Mp, trajectory.stored.at(j * Mp));
     }
 
     void encode(int64_t begin, int64_t end) {
@@ -229,7 +203,7 @@ private:
 
     // The currents of keys and values from the encoding neurons.
     void drive(int64_t begin, int64_t end) {
-        const T* rows = trajectory.keep ? trajectory.write_rows.at() : net.weights.write(0);
+        const T* rows = net.weights.write(0);
         for (int64_t t = begin; t < end; ++t) {
             T* sum = drives.at((t - begin) * 2 * Mp);
             std::copy_n(t - begin < net.period ? rows + 2l * Ep * 2 * Mp : sum - net.period * 2 * Mp, 2 * Mp, sum);
@@ -296,7 +270,6 @@ private:
         else for (int b = 0, n = mv; b < n; ++b) vec(row)[b] = beta * vec(row - Mp)[b];
         trajectory.values.spikes.each(t, [&](int64_t i) {
             row[i] += net.value_gain;
-            trajectory.first_value_spike[i] = std::min<int32_t>(trajectory.first_value_spike[i], t);
             active = std::max<int>(active, i / LANES<T> + 1);
         });
     }
