@@ -20,6 +20,7 @@ import numpy as np
 import data
 import models
 from experiments import compare
+from experiments.analyze import FRESH
 from experiments.summarize import accuracy_at, summary
 from utils.errors import UserError, in_one_line
 from utils.results import Result, read_results
@@ -327,13 +328,16 @@ def errors(kept: Kept) -> list[list]:
 def depression(kept: Kept) -> list[list]:
     """The same weights, tested with other values of gamma_neg."""
     strengths = ("0.3", "0.1", "0.02", "0.0")
-    rows = [["pairs", "trained with", *(f"tested with {float(strength):g}" for strength in strengths), "gain of 0"]]
+    head = ["pairs", "trained with", *(f"tested with {float(strength):g}" for strength in strengths)]
+    rows = [[*head, f"{FRESH:,} fresh samples: as trained", "tested with 0", "gain of 0"]]
     for name in kept.networks_in("depression"):
         found = {row["gamma_neg"]: float(row["accuracy"]) for row in kept.of_network("depression", name)}
         trained = "0.02" if "tuned" in name else "0.3"
-        both = found[trained], found["0.0"]
+        fresh = {row["gamma_neg"]: float(row["accuracy"]) for row in kept.of_network("fresh", name)}
+        both = fresh[trained], fresh["0.0"]
         rows.append([in_words(name), trained, *(f"{found[strength]:.2f}" for strength in strengths)])
-        rows[-1].append(gain(both[1] - both[0], *(error_of_share(accuracy, TESTED) for accuracy in both)))
+        rows[-1] += [f"{accuracy:.2f}" for accuracy in both]
+        rows[-1].append(gain(both[1] - both[0], *(error_of_share(accuracy, FRESH) for accuracy in both)))
     return rows
 
 

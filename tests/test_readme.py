@@ -123,7 +123,7 @@ def accuracies_at(kept, group, length) -> list[float]:
 
 def front_page(kept) -> list[str]:
     recipe, control = (mean(kept.tests(group, 30)) for group in ("recipe", "first_recipe"))
-    without = {n: rows_of(kept, "depression", name, "gamma_neg", "accuracy") for n, name in NETWORKS.items()}
+    without = {n: rows_of(kept, "fresh", name, "gamma_neg", "accuracy") for n, name in NETWORKS.items()}
     named = {row["group"]: row["30 pairs"].split()[0] for row in kept.networks}
     return [
         f"({recipe:.2f} and {control:.2f} %, three seeds each)",
@@ -221,13 +221,16 @@ def of_recall(kept) -> list[str]:
     both = (accuracies_at(kept, group, 30) for group in ("ood_hebbian_snn", "ood_hebbian_snn_without_feedback"))
     feedback = [without_it - with_it for with_it, without_it in zip(*both, strict=True)]
     assert len(feedback) == 5 and min(feedback) > 0
+    for row in readme.depression(kept)[1:]:  # costs at 20 pairs and more, helps at 10 and fewer
+        pairs, change = int(re.split("[ ,]", row[0])[0]), row[-1]
+        assert change.startswith("+" if pairs >= 20 else "-") or row[0] == "30, rule tuned", row
     two = costs["recipe_from_one_pair-sequence_length2-seed1"]
     return [
         f"one network each, {min(counts)} to {max(counts)} errors",
         f"none of {apart['errors']} errors names one of these",
         f"rises from {first['0.3']:.1f} to {first['0.0']:.1f}, the second",
         f"falls from {second['0.3']:.1f} to {second['0.0']:.1f}",
-        f"fall from {lost[55]['0.3']} to {lost[55]['0.0']} at 55 pairs, and from {lost[30]['0.3']} to {lost[30]['0.0']} at 30",
+        f"fall from {lost[55]['0.3']} to {lost[55]['0.0']} at 55 pairs",
         f"the nearest in {nearest} % of the samples or more, and costs {two:.2f} points at 2 pairs",
         f"{min(long):.2f} to {max(long):.2f} from 20 pairs on",
         f"trained with 30 ({mean(kept.tests('recipe', 30)):.2f})",
