@@ -200,7 +200,7 @@ def rate_regularization(mean_rates: Mapping[str, Tensor], target_rate: float) ->
 
 
 def silent_populations(rates: Mapping[str, Tensor | float]) -> list[str]:
-    """The populations whose mean rate is below `SILENT_BELOW`. No gradient flows through them: they cannot learn.
+    """The populations whose mean rate is below `SILENT_BELOW`. Hardly any gradient flows through them.
 
     Args:
         rates: population -> firing rates in Hz, of any shape, as `Output.rates` has them.

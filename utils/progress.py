@@ -70,6 +70,6 @@ def report_silence(history: list[dict[str, Any]], names: Collection[str], *, bel
     for name in names:
         silent, was_silent = now[name] < below, before.get(name, math.inf) < below
         if silent and not was_silent:
-            print_rank0(f"warning: {name} fell silent (mean rate {now[name]:.2g} Hz), so no gradient flows through it{remedy}")
+            print_rank0(f"warning: {name} fell silent ({now[name]:.2g} Hz); hardly any gradient flows through it{remedy}")
         if was_silent and not silent:
             print_rank0(f"{name} fires again ({now[name]:.2g} Hz)")
