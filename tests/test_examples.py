@@ -72,6 +72,14 @@ def test_the_network_of_the_model_page_recalls_and_learns():
     assert all(weight.grad.any() for weight in (network.key.weight, network.value.weight, network.feedback.weight))
 
 
+def test_the_lines_of_the_page_on_own_data_give_gradients():
+    text = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    assert names["output"].logits.shape == (20, 4)
+    assert all(weight.grad.any() for weight in names["network"].parameters())
+
+
 def test_an_adaptive_neuron_fires_less_than_the_default_one():
     current = torch.full((1, 1, 1), 0.3)
     adaptive, lif = (int(population(neuron, current, 400).spikes.sum()) for neuron in (AdaptiveNeuron(), LIFNeuron()))
