@@ -269,7 +269,7 @@ def train(
                     f"seed {seed}, in {folder}")  # fmt: skip
         if checkpoint:
             print_rank0(f"resuming {resume} in epoch {epoch + 1} after {sample} samples"
-                        + "".join(f"; from here on {change}" for change in changed))  # fmt: skip
+                        + "".join(f"; now {change}" for change in changed))  # fmt: skip
             if history and history[-1].get("batch_size", step_size) != step_size:
                 print_rank0(f"warning: a step takes {step_size:,} samples, not {history[-1]['batch_size']:,} as before; "
                             "--batch_size counts per node")  # fmt: skip

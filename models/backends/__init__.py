@@ -31,6 +31,7 @@ from models.plasticity import HebbianRule
 BACKENDS = ("auto", "triton", "cpp", "compiled", "reference")
 KERNELS = ("triton", "cpp")  # `auto` tries these, the fastest first, before the plain function
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}  # relative to the norm of a result or a gradient
+WITHOUT_KERNEL = "use compiled, or the slower reference"
 NEGLIGIBLE = 1e-30  # norm below which float32 products vanish
 TRIALS = 3  # rounding flips a spike in one of thousands of draws, a wrong program differs in all draws
 
@@ -124,15 +125,15 @@ def constants(dynamics: Dynamics, known: Iterable[str]) -> dict[str, Any]:
     """
     for part, base in ((dynamics.neuron, LIFNeuron), (dynamics.rule, HebbianRule)):
         if not isinstance(part, base):
-            raise BackendError(f"it does not know {type(part).__name__}, only {base.__name__}; use compiled or reference")
+            raise BackendError(f"it does not know {type(part).__name__}, only {base.__name__}; {WITHOUT_KERNEL}")
         own = {name for kind in type(part).__mro__ if kind not in base.__mro__ for name in vars(kind) if hasattr(base, name)}
         if changed := sorted(name for name in own if not name.startswith("__") and name not in base.__dataclass_fields__):
-            raise BackendError(f"it does not know {', '.join(changed)} of {type(part).__name__}; use compiled or reference")
+            raise BackendError(f"it does not know {', '.join(changed)} of {type(part).__name__}; {WITHOUT_KERNEL}")
     parts = (dynamics, dynamics.neuron, dynamics.rule)
     values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
     del values["neuron"], values["rule"]
     if unknown := sorted(values.keys() ^ set(known)):
-        raise BackendError(f"it has other constants than the network ({', '.join(unknown)}); use compiled or reference")
+        raise BackendError(f"it has other constants than the network ({', '.join(unknown)}); {WITHOUT_KERNEL}")
     return values
 
 
