@@ -227,8 +227,10 @@ def hold(folder: Path) -> Iterator[bool]:
             is_ours = True
         except Timeout:
             is_ours = False
-        except NotImplementedError:  # a file system without locks, of which the task script warns
-            is_ours = True
+        except (NotImplementedError, OSError) as failure:
+            if not run.means_no_locks(failure):
+                raise
+            is_ours = True  # without locks, the sweep trains as the task script does, which warns
         yield is_ours
 
 

@@ -78,9 +78,9 @@ def test_kernels_agree_with_the_plain_model_on(name, cases, tmp_path):
     emulator = ["qemu-aarch64-static"] if extension == "neon" else []
     for program in (compiler, *emulator):  # only `g++ avx2` is a fast test
         if not shutil.which(program):
-            pytest.skip(f"needs {program}")
+            pytest.skip(f"needs {program}")  # clang++, qemu and a compiler for ARM are optional
     if EXTENSIONS.get(extension, "") not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"needs a processor with {extension}")
+        pytest.skip(f"needs a processor with {extension}")  # its instructions would end the driver
     flags = *MACHINES[name].split(), "-std=c++17", "-ffp-contract=fast", "-pthread", f"-I{build.FOLDER}"
     subprocess.run([compiler, *flags, DRIVER, "-o", tmp_path / "driver"], check=True)
     done = subprocess.run([*emulator, tmp_path / "driver", *cases], capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """Faults: kills, full disks, damaged files, numbers that are not finite. Nothing may be lost, and errors are one line."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from helpers import assert_same_run, refuse
 import data
 import memorizing_associations_task as task
 import plot_memorizing_associations_task as plot
+from experiments import sweep
 from utils import checkpoints, run
 from utils.errors import UserError, out_of_memory_in_one_line
 from utils.run import METRICS, OPTIONS
@@ -200,6 +202,26 @@ def test_the_lock_is_released_when_main_raises(folder, monkeypatch):
         train(folder, 4)
     with run.locked(folder):
         assert kept
+
+
+@pytest.mark.parametrize(
+    "failure", [NotImplementedError(), OSError(errno.ENOLCK, "No locks"), OSError(errno.EACCES, "No access")]
+)
+def test_runs_and_sweeps_work_without_file_locks(failure, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(run.FileLock, "acquire", fail)
+    if getattr(failure, "errno", None) == errno.EACCES:
+        with pytest.raises(UserError, match="cannot be used"), run.locked(tmp_path / "run"):
+            pass
+        with pytest.raises(OSError), sweep.hold(tmp_path / "run"):
+            pass
+        return
+    with run.locked(tmp_path / "run"):
+        assert "no file locks there" in capsys.readouterr().err
+    with sweep.hold(tmp_path / "run") as is_ours:
+        assert is_ours
 
 
 def test_the_best_checkpoint_resumes_in_another_folder_or_if_the_last_is_damaged(folder, tmp_path):

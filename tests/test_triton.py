@@ -36,6 +36,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 
 
 @compiles
+# On a GPU all tests of this file run the kernels themselves.
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_kernels_pass_in_the_interpreter(which):
@@ -174,6 +175,7 @@ def test_without_gradients_spikes_are_the_same_and_nothing_is_kept(hard):
     assert traces.numel() == membranes.numel() == checkpoints.numel() == 0
 
 
+# Only programs that run at the same time could sum in another order.
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: the interpreter runs one program after the other")
 def test_two_runs_give_identical_bits():
     tensors, dynamics = case(batch=8, memory=40)
@@ -226,6 +228,7 @@ def test_derivatives_that_the_kernels_lack_raise():
 
 
 @compiles
+# The messages of a machine without a GPU.
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_auto_takes_another_backend_and_says_why(monkeypatch):
     assert backends.choose("auto", "cpu", Dynamics(), store_and_recall) != "triton"

@@ -38,6 +38,7 @@ def hosts():
     except (OSError, subprocess.CalledProcessError) as failure:
         unplug()
         reason = getattr(failure, "stderr", None) or failure
+        # A laptop may not make network namespaces; CI may.
         pytest.skip(f"no network namespaces here (they need root and iproute2): {reason}")
     yield list(HOSTS)
     unplug()

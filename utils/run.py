@@ -87,6 +87,11 @@ def folder(output_dir: str, resume: Path | None) -> Iterator[Path]:
         yield path
 
 
+def means_no_locks(failure: Exception) -> bool:
+    """Whether a lock failed because its file system has none: filelock raises NotImplementedError for ENOSYS only."""
+    return isinstance(failure, NotImplementedError) or getattr(failure, "errno", None) in (ENOLCK, ENOSYS, ENOTSUP)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make a folder and keep other processes out of it. The system releases the lock even if this process is killed.
@@ -102,8 +107,8 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"--output_dir {folder}: another process is writing into it; wait until that process ends or choose another folder"
         ) from None
-    except (NotImplementedError, OSError) as failure:  # filelock raises NotImplementedError if there are no locks
-        if not isinstance(failure, NotImplementedError) and failure.errno not in (ENOLCK, ENOSYS, ENOTSUP):
+    except (NotImplementedError, OSError) as failure:
+        if not means_no_locks(failure):
             where = reason(failure, folder)
             raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
         print(f"warning: --output_dir {folder}: no file locks there; make sure no other run uses it", file=sys.stderr)
