@@ -108,7 +108,7 @@ def locked(folder: Path) -> Iterator[None]:
             f"--output_dir {folder}: another process is writing into it; wait until that process ends or choose another folder"
         ) from None
     except (NotImplementedError, OSError) as failure:
-        if not means_no_locks(failure):
+        if isinstance(failure, OSError) and not means_no_locks(failure):
             where = reason(failure, folder)
             raise UserError(f"--output_dir {folder}: cannot be used ({where}); choose another folder") from failure
         print(f"warning: --output_dir {folder}: no file locks there; make sure no other run uses it", file=sys.stderr)
