@@ -22,16 +22,16 @@ import models
 from experiments.sweep import DECISIVE, DEFAULTS
 from utils.errors import in_one_line
 from utils.figures import curves, save
-from utils.figures.style import BLACK, DASHED, GREY, ONE_COLUMN, SERIES, TWO_COLUMNS, heading, new_figure, styled
+from utils.figures.style import DASHED, GREY, ONE_COLUMN, SERIES, TWO_COLUMNS, heading, new_figure, styled
 from utils.metrics import to_csv
 from utils.results import GROUP, Result, columns, read_results, write_groups
 
 SHOWN_RATES = ("write_key", "write_value", "read_key", "read_value")
 # The groups in the accuracy figures, and their labels. Without any of these, all groups are drawn.
 LINES = {
-    "published": "initial weights before v0.3",
-    "published_0.3": "initial weights since v0.3",
-    "published_0.3_short": "initial weights since v0.3",
+    "published": "",  # a panel of its own names them
+    "published_0.3": "",
+    "published_0.3_short": "",
     "recipe_tuned": "recipe, rule tuned",
     "recipe": "recipe",
     "ood_recipe_tuned": "recipe, rule tuned",
@@ -39,7 +39,7 @@ LINES = {
     "ood_curriculum": "curriculum, 12 epochs",
     "ood_published": "published, 15 epochs",
 }
-CROSS = {"marker": "x", "ms": 4, "mew": 1}  # a run that did not learn
+CIRCLE, CROSS = {"marker": "o", "ms": 3, "mew": 0.6, "mfc": "none"}, {"marker": "x", "ms": 4, "mew": 1}
 # Options that do not change the way of training, and options that are described in other words.
 _NOT_SHOWN = ("sequence_length", "num_classes", "seed", "epochs", "start_epoch", "curriculum_start", "curriculum_step")
 NOTE = (
@@ -221,37 +221,29 @@ def accuracy_against_length(rows: list[dict[str, Any]]) -> Figure:
 
 
 def draw_lines(ax: Axes, rows: list[dict[str, Any]], means: bool) -> None:
-    """Draw a point for each seed: a circle if it learned (hollow if others had more epochs), otherwise a cross.
+    """Draw a circle for each seed that learned and a cross for each other one; each group and number of epochs has a colour.
 
     Args:
         means: draw lines through the means of the seeds that learned.
     """
     labels = line_labels(group_of(row["run"]) for row in rows)
     lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for group, label in labels.items():
-        for row in (row for row in rows if group_of(row["run"]) == group):
-            lines.setdefault((label, row["of_epochs"]), []).append(row)
-    names, most = list(dict.fromkeys(label for label, _ in lines)), max(epochs for _, epochs in lines)
-    for n, ((label, epochs), members) in enumerate(lines.items()):
-        learned = [row for row in members if row["outcome"] == "learned"]
-        others = [row for row in members if row["outcome"] != "learned"]
-        words = f"{label}, {epochs} epochs"
+    for row in rows:
+        if (group := group_of(row["run"])) in labels:
+            lines.setdefault((labels[group], row["of_epochs"]), []).append(row)
+    order = list(labels.values())
+    for n, (label, epochs) in enumerate(sorted(lines, key=lambda line: (order.index(line[0]), -line[1]))):
+        words, points = f"{label}, {epochs} epochs".removeprefix(", "), {True: [], False: []}
+        for row in lines[label, epochs]:
+            points[row["outcome"] == "learned"].append((row["sequence_length"], row["test_accuracy"]))
+        colour = SERIES[n % len(SERIES)]
+        for learned, name, look in ((True, words, CIRCLE), (False, f"{words}: silent, or at chance", CROSS)):
+            if points[learned]:
+                ax.plot(*zip(*points[learned], strict=True), ls="", color=colour, label=name, zorder=9 - n, **look)
         if means:
-            colour, aside, circle = SERIES[n % len(SERIES)], 0.0, {}
-            lengths = sorted({row["sequence_length"] for row in learned})
-            mean = [
-                np.mean([row["test_accuracy"] for row in learned if row["sequence_length"] == length]) for length in lengths
-            ]
-            ax.plot(lengths, mean, color=colour, label=words)
-        else:  # groups stand beside each other, since their points would overlap
-            place = names.index(label)
-            colour, aside = SERIES[place % len(SERIES)], 0.7 * place - 0.35
-            circle = {"label": words} | ({"mfc": "none"} if epochs < most else {})
-        for found, look in ((learned, {"marker": "o", "ms": 3, "mew": 0.6} | circle), (others, CROSS)):
-            points = [(row["sequence_length"] + aside, row["test_accuracy"]) for row in found]
-            ax.plot(*np.array(points).reshape(-1, 2).T, ls="", color=colour, **look)
-    if any(row["outcome"] != "learned" for members in lines.values() for row in members):
-        ax.plot([], [], color=BLACK, ls="", label="silent, or at chance", **CROSS)
+            lengths = sorted({length for length, _ in points[True]})
+            mean = [np.mean([accuracy for at, accuracy in points[True] if at == length]) for length in lengths]
+            ax.plot(lengths, mean, color=colour)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -218,14 +219,15 @@ def test_accuracy_figures_distinguish_epochs_and_silent_seeds():
     drawn = dict(summarize.figures(results, rows))
     published, others = drawn["accuracy_against_length"].axes
     points = {line.get_label(): line.get_ydata() for line in published.lines}
-    for epochs in (30, 250):
-        mine = [r for r in rows if r["run"].startswith("published/") and r["of_epochs"] == epochs and r["num_classes"] > 1]
-        learned = [row["test_accuracy"] for row in mine if row["outcome"] == "learned"]
-        assert sorted(points[f"initial weights before v0.3, {epochs} epochs"]) == sorted(learned)
-    crosses = [value for line in published.lines if line.get_marker() == "x" for value in line.get_ydata()]
     wanted = [r for r in rows if r["training"] == "published options" and 1 < r["num_classes"] == r["sequence_length"]]
-    assert sorted(crosses) == sorted(row["test_accuracy"] for row in wanted if row["outcome"] != "learned")
-    mean = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in others.lines}["recipe, 40 epochs"]
+    for epochs, learned in itertools.product((250, 100, 40, 30, 12), (True, False)):
+        mine = [r["test_accuracy"] for r in wanted if r["of_epochs"] == epochs and (r["outcome"] == "learned") is learned]
+        label = f"{epochs} epochs" + ": silent, or at chance" * (not learned)
+        assert sorted(points.pop(label, [])) == sorted(mine)
+    assert list(points) == ["chance: one of the labels shown"]
+    circles = next(line for line in others.lines if line.get_label() == "recipe, 40 epochs")
+    (line,) = [line for line in others.lines if line.get_ls() == "-" and line.get_color() == circles.get_color()]
+    mean = dict(zip(*line.get_data(), strict=True))
     mine = [row["test_accuracy"] for row in rows if row["run"].startswith("recipe/") and row["sequence_length"] == 10]
     assert len(mine) >= 3 and mean[10] == pytest.approx(sum(mine) / len(mine))
     legend = [text.get_text().split(" (")[0] for text in drawn["accuracy_by_tested_length"].legends[0].texts]
