@@ -65,6 +65,14 @@ def named(paths: list[Path]) -> dict[str, Path]:
     return {(path.relative_to(base).as_posix() if several else path.name).removesuffix(".pth.tar"): path for path in paths}
 
 
+def in_words(network: str) -> str:
+    """Pairs and training of a network in pretrained/; of another one, its name."""
+    group, _, length = network.rpartition("-")[0].partition("-sequence_length")
+    words = {"published": ", published options", "recipe": "", "recipe_tuned": ", rule tuned", "ood_recipe": " of 30 classes"}
+    words["recipe_from_one_pair"] = ", from one pair"
+    return f"{length or 10}{words[group]}" if group in words else network
+
+
 @torch.no_grad()
 def analyse(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows of the tables for one network. Accuracies and shares in percent."""
@@ -157,32 +165,32 @@ def draw(tables: dict[str, list[dict]]) -> Figure:
     """Accuracy by position and by noise, and the labels that errors name."""
     figure = new_figure(TWO_COLUMNS, 62)
     position, noise, errors = figure.subplots(1, 3)
-    names = [row["network"] for row in tables["errors"]]
+    networks = sorted(tables["errors"], key=lambda row: row["sequence_length"])
+    names, longest = [row["network"] for row in networks], networks[-1]["sequence_length"]
     colours = dict(zip(names, SERIES * len(names), strict=False))
     repeated = names[len(SERIES) :]  # dashed and hatched, since another has the colour
     for name in names:
-        dashes = DASHED if name in repeated else "-"
-        for ax, table, x in ((position, "position", "position"), (noise, "noise", "deviation")):
-            rows = [row for row in tables[table] if row["network"] == name]
-            points = [row[x] for row in rows], [row["accuracy"] for row in rows]
-            ax.plot(*points, ".", ms=2, ls=dashes, color=colours[name], label=name)
-    positions = [row["network"] for row in tables["position"]]
-    exact = [row for row in tables["noise"] if row["network"] == max(names, key=positions.count)]
-    points = [row["deviation"] for row in exact], [row["nearest"] for row in exact]
-    noise.plot(*points, ls=DOTTED, color=GREY, label="exact memory, longest")
+        look = {"marker": ".", "ms": 2, "ls": DASHED if name in repeated else "-", "color": colours[name]}
+        *others, last = [row for row in tables["position"] if row["network"] == name and row["samples"]]
+        parts = [*(part for part in np.array_split(others, 10) if len(part)), [last]]  # neighbours together, the last alone
+        table = [[(row["position"], row["accuracy"], row["samples"]) for row in part] for part in parts]
+        points = [np.average(part, axis=0, weights=[samples for *_, samples in part]) for part in table]
+        position.plot(*np.transpose(points)[:2], **look)
+        exact = [row for row in tables["noise"] if row["network"] == name]
+        deviations = [row["deviation"] for row in exact]
+        noise.plot(deviations, [row["accuracy"] for row in exact], label=in_words(name), **look)
+    noise.plot(deviations, [row["nearest"] for row in exact], ls=DOTTED, color=GREY, label=f"exact memory, {longest} pairs")
     kinds = {"of_nearest_vector": "of the\nnearest vector", "of_later_pair": "of a\nlater pair", "label_not_shown": "not shown"}
     width = 0.8 / len(names)
-    for number, row in enumerate(tables["errors"]):
+    for number, row in enumerate(networks):
         places = np.arange(len(kinds)) + (number - (len(names) - 1) / 2) * width
         hatch = "///" if row["network"] in repeated else None
         errors.bar(places, [row[k] for k in kinds], width, color=colours[row["network"]], hatch=hatch, ec="white", lw=0)
     errors.set_xticks(range(len(kinds)), kinds.values())
-    lowest = np.nanmin([row["accuracy"] for row in tables["position"]])  # a position may have no samples
-    position.set(title="Position of the asked pair", xlabel="Position", ylabel="Accuracy (%)")
-    position.set_ylim(min(lowest // 10 * 10, 90), 101)
+    position.set(title="Position of the asked pair", xlabel="Position", ylabel="Accuracy (%)", ylim=(None, 101))
     noise.set(title="Noise on the query", xlabel="Standard deviation", ylabel="Accuracy (%)", ylim=(0, 103))
     errors.set(title="Wrong answers: the label", ylabel="Share of errors (%)", ylim=(0, 103))
-    figure.legend(*noise.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*noise.get_legend_handles_labels(), loc="outside lower center", ncols=4, title="Pairs")
     return figure
 
 

@@ -46,7 +46,7 @@ from utils.results import Result, columns, read_results
 
 # All are trained with 10 pairs of 30 classes, and have about as many parameters as the spiking network.
 PAIRS, SIZES = 10, {"num_classes": 30, "feature_size": 10, "dataset_seed": 42}
-EPOCHS, BATCH_SIZE, LEARNING_RATE_DECAY = 40, 64, 0.94  # the last is a factor each epoch
+EPOCHS, BATCH_SIZE, LEARNING_RATE_DECAY = 20, 128, 0.9  # the last is a factor each epoch
 MAX_GRAD_NORM, EVALUATION_BATCH = 40.0, 125
 TESTED, SHOWN = (2, 3, 4, 5, 7, 10, 15, 20, 25, 30), (2, 5, 10, 20, 30)  # lengths tested, and those in the table
 REACHED = 90.0  # percent in validation

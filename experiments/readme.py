@@ -20,7 +20,7 @@ import numpy as np
 import data
 import models
 from experiments import compare
-from experiments.analyze import FRESH
+from experiments.analyze import FRESH, in_words
 from experiments.summarize import accuracy_at, summary
 from utils.errors import UserError, in_one_line
 from utils.results import Result, read_results
@@ -140,13 +140,6 @@ def listed(seeds: list[int]) -> str:
 
 def tested(row: dict[str, Any]) -> str:
     return f"{row['test_accuracy']:.2f}" + " (silent)" * (row["outcome"] == "silent")
-
-
-def in_words(network: str) -> str:
-    """Pairs and training of a network in pretrained/."""
-    group, _, length = network.rpartition("-")[0].partition("-sequence_length")
-    words = {"published": ", published options", "recipe": "", "recipe_tuned": ", rule tuned", "ood_recipe": " of 30 classes"}
-    return f"{length or 10}{words.get(group, ', from one pair')}"
 
 
 # Measurements

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 
-from experiments import readme
+from experiments import analyze, readme
 from utils.errors import UserError
 from utils.results import Result
 
@@ -218,7 +218,7 @@ def of_recall(kept) -> list[str]:
     first, second = (rows_of(kept, "depression", NETWORKS[55], "gamma_neg", half) for half in ("first_half", "second_half"))
     noise = {name: rows_of(kept, "noise", name, "deviation", "accuracy") for name in kept.networks_in("noise")}
     costs = {name: of["0.0"] - of["0.1"] for name, of in noise.items()}
-    long = [cost for name, cost in costs.items() if int(re.split("[ ,]", readme.in_words(name))[0]) >= 20]
+    long = [cost for name, cost in costs.items() if int(re.split("[ ,]", analyze.in_words(name))[0]) >= 20]
     nearest = min(float(row["nearest"]) for row in kept.analysis["noise"] if row["deviation"] == "0.1")
     both = (accuracies_at(kept, group, 30) for group in ("ood_hebbian_snn", "ood_hebbian_snn_without_feedback"))
     feedback = [without_it - with_it for with_it, without_it in zip(*both, strict=True)]
