@@ -123,7 +123,7 @@ def add_options(parser: Parser) -> list[str]:
     add("--check_params", type=int, choices=(0, 1), default=1, help="0: accept model options that differ from the checkpoint's")
     add("--evaluate", **SWITCH, help="test the --resume checkpoint on the original test set")
     add("--print_options", **SWITCH, help="print the options as YAML for --config, and stop")
-    add("--output_dir", type=path, default="", help="folder of the run; empty: the folder of --resume, or a new one in runs/")
+    add("--output_dir", type=path, default="", help="folder of the run; none: the folder of --resume, or a new one in runs/")
     add("--gpu", type=optional(number(int, 0)), help="number N of the GPU: the same as --device cuda:N")
 
     add = parser.add_argument_group("distributed training").add_argument

@@ -48,7 +48,7 @@ def add_options(parser: Parser) -> list[str]:
     add("--figure", choices=("all", *SOURCE), default="all", help="figure to draw; all: every figure but the animation")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output", type=path, default="", help="folder, or file of one figure; empty: beside the input, named after the input")
+    add("--output", type=path, default="", help="folder, or file of one figure; none: beside the input, named after the input")
     add("--format", choices=tuple(files.FORMATS), default="png", help="format of the figures in a folder")
     add("--save_data", type=path, default="", help="also write all numbers in the figures to this NumPy file (.npz)")
     return [*model, "dataset_seed"]

@@ -95,7 +95,9 @@ def test_every_option_of_the_original_implementation_has_its_default_and_both_sp
         task.main(["--help"])
     usage, help = capsys.readouterr().out.split("\n\n", 1)
     assert len(usage.splitlines()) <= 2
-    assert help.count("--dist_url ") == 1 and "--dist-url" not in help
+    assert (
+        help.count("--dist_url ") == 1 and "--dist-url" not in help and "(default: none)" in help and "default: )" not in help
+    )
 
 
 def test_flags_override_yaml_and_a_later_file_an_earlier_one(capsys, tmp_path):

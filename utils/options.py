@@ -23,6 +23,14 @@ REMOVED |= {"adaptation": "", "tau_adaptation": "", "mixed_lengths": "0"}
 _ABSENT = object()  # the value of an option that is not given
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """With the default of every option; an empty one is called none, which is also how it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = super()._get_help_string(action)
+        return text.replace("%(default)s", "none") if text and action.default in ("", None) else text
+
+
 class Parser(argparse.ArgumentParser):
     """Options in both spellings (`--dist-url`, `--dist_url`), from the command line and from the YAML files of --config.
 
@@ -37,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",
             description=(doc or "").partition("\n")[0],
             epilog="Names may also be written with hyphens. A switch takes true or false.",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
         self._negative_number_matcher = re.compile(r"-[.\d]|-inf|-nan")  # values, not options; argparse alone misses -1e-3

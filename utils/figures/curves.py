@@ -76,7 +76,7 @@ def grouped(runs: Sequence[Curves]) -> list[Group]:
 def training_curves(runs: Sequence[Curves], samples_per_epoch: int) -> Figure:
     """Loss, accuracy, learning rate and firing rates (if recorded) over the training samples seen.
 
-    Ticks on the accuracy mark where a curriculum goes on to longer sequences (column `training_length`).
+    Triangles on the accuracy mark where a curriculum goes on to longer sequences (column `training_length`).
     """
     groups = grouped(runs)
     panels = [panel for panel in TRAINING_PANELS if any(panel[2].keys() & run.columns.keys() for run in runs)]
@@ -115,8 +115,8 @@ def samples_seen(columns: Mapping[str, np.ndarray], samples_per_epoch: int) -> n
 
 
 def draw_curriculum(ax: Axes, groups: Sequence[Group], samples_per_epoch: int) -> list[Line2D]:
-    """Ticks on the curves of validation accuracy where the training sequences get longer. Returns their legend."""
-    look, found = {"ls": "none", "marker": "|", "ms": 4, "mew": 0.5}, False
+    """Triangles on the curves of validation accuracy where the training sequences get longer. Returns their legend."""
+    look, found = {"ls": "none", "marker": "v", "ms": 2}, False
     for group in groups:
         for run in group.runs:
             longer = np.flatnonzero(np.diff(run.columns.get("training_length", [])) > 0)
