@@ -184,10 +184,12 @@ def right(row: dict[str, str]) -> int:
 
 def waking(kept: Kept) -> str:
     runs = [run for run, row in kept.both(*PUBLISHED) if row["sequence_length"] == row["num_classes"] == 10]
+    short = [run.options["epochs"] for run in runs if run.options["epochs"] < 100]
     silent = [(run, epochs) for run in runs if (epochs := silent_epochs(run))]
     woke = [len(epochs) for run, epochs in silent if epochs[-1] < len(run.metrics)]
     never = len(silent) - len(woke)
     fell = f"{len(silent)} of {len(runs)} seeds fall silent at 10 pairs, in epoch {span(epochs[0] for _, epochs in silent)}"
+    fell += f" ({len(short)} seeds were trained for only {span(short)} epochs)"
     return f"{fell}; {len(woke)} of them wake after {span(woke)} epochs, {never} never {'does' if never == 1 else 'do'}"
 
 
