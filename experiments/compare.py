@@ -3,19 +3,18 @@
 python -m experiments.compare --output_dir experiments/comparison
 python -m experiments.compare --output_dir runs/comparison --networks lstm delta_rule --seeds 1 2
 
-Runs in OUTPUT_DIR are not repeated; if none is missing, only the table and the figure are written again. The committed runs
-used one thread (OMP_NUM_THREADS=1); another processor rounds differently.
+Each network is trained with seed 1 at three learning rates, with and without a curriculum. With the setting that is best in
+validation it is trained with every seed, and tested. Runs in OUTPUT_DIR are not repeated; if none is missing, only table and
+figure are written again. The committed runs used one thread (OMP_NUM_THREADS=1); another processor rounds differently.
 
-metrics.csv    a row per epoch of each run; accuracies in percent
-tests.csv      a row per tested length of each run, for the network of its best validation epoch
-comparison.*   table (csv, md) and figure (png), including the spiking networks in the --spiking folder
+search/, tested/   the runs, in the files of utils/results.py
+comparison.*       table (csv, md) and figure (png), including the spiking networks in the --spiking folder
 
 Shapes: B batch, L pairs in a sequence, C classes, F features, E embedding size, M memory size.
 """
 
 import argparse
 import copy
-import csv
 import functools
 import itertools
 import math
@@ -23,9 +22,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -41,17 +39,17 @@ from utils.errors import UserError, in_one_line
 from utils.figures import save
 from utils.figures.curves import LINE_STYLES, draw_repetitions
 from utils.figures.style import BLACK, SERIES, TWO_COLUMNS, heading, new_figure, styled
-from utils.metrics import to_csv, write_table
-from utils.results import Result, columns, read_results
+from utils.metrics import to_csv
+from utils.results import GROUP, Result, columns, read_results, write_groups
+from utils.run import commit
 
-# All are trained with 10 pairs of 30 classes, and have about as many parameters as the spiking network.
-PAIRS, SIZES = 10, {"num_classes": 30, "feature_size": 10, "dataset_seed": 42}
-EPOCHS, BATCH_SIZE, LEARNING_RATE_DECAY = 20, 128, 0.9  # the last is a factor each epoch
+# All are trained with 10 pairs of 30 classes and the budget of the recipes, and have about as many parameters as the spiking
+# network. The learning rate decays each epoch.
+SIZES = {"num_classes": 30, "feature_size": 10, "dataset_seed": 42}
+COMMON = {"sequence_length": 10, "epochs": 40, "batch_size": 64, "learning_rate_decay": 0.94, "curriculum_step": 4} | SIZES
+LEARNING_RATES, CURRICULUM_STARTS = (0.001, 0.003, 0.01), (0, 2)  # pairs in the first epoch; 0: always all
 MAX_GRAD_NORM, EVALUATION_BATCH = 40.0, 125
 TESTED, SHOWN = (2, 3, 4, 5, 7, 10, 15, 20, 25, 30), (2, 5, 10, 20, 30)  # lengths tested, and those in the table
-REACHED = 90.0  # percent in validation
-METRICS = "network,seed,epoch,learning_rate,train_loss,train_accuracy,validation_loss,validation_accuracy,seconds".split(",")
-TESTS = ["network", "seed", "sequence_length", "accuracy", "loss"]
 
 
 @in_one_line
@@ -65,9 +63,10 @@ def main(argv=None) -> int:
     if not all(0 <= seed < 2**31 for seed in args.seeds):
         parser.error("argument --seeds: must be 0 to 2147483647")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for run in itertools.product(args.networks, args.seeds):
-        if run not in read_runs(args.output_dir):
-            keep(args.output_dir, run, train(*run))
+    for name in args.networks:
+        setting = best_setting(args.output_dir, name)
+        for seed in args.seeds:
+            complete(args.output_dir, f"tested/{name}-seed{seed}", {"network": name, "seed": seed} | setting)
     groups = read_groups(args.output_dir, args.spiking)
     rows = table(groups)
     (args.output_dir / "comparison.csv").write_text(to_csv(rows), encoding="utf-8")
@@ -214,51 +213,71 @@ class HMem(nn.Module):
         return self.output_layer(read_value), activity
 
 
-class Setting(NamedTuple):
-    """Label and training of a network. Its learning rate (0.0003, 0.001 or 0.003) and its curriculum (with or without) were the
-    best in validation with seed 1."""
-
-    words: str
-    make: Callable[[], nn.Module]
-    learning_rate: float
-    curriculum_start: int = 0  # pairs in the first epoch, 4 more in each later one; 0: always all
-
-
-NETWORKS = {
-    "linear_attention": Setting("linear attention (a sum of outer products)", LinearAttention, 0.001),
-    "transformer": Setting("Transformer encoder, no positions", Transformer, 0.003, 2),
-    "transformer_positions": Setting("Transformer encoder, positions", functools.partial(Transformer, True), 0.003, 2),
-    "delta_rule": Setting("delta rule", DeltaRule, 0.003),
-    "h_mem": Setting("H-Mem (published, without spikes)", HMem, 0.003),
-    "lstm": Setting("LSTM", LSTM, 0.003, 2),
+NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "linear_attention": ("linear attention (a sum of outer products)", LinearAttention),
+    "transformer": ("Transformer encoder, no positions", Transformer),
+    "transformer_positions": ("Transformer encoder, positions", functools.partial(Transformer, True)),
+    "delta_rule": ("delta rule", DeltaRule),
+    "h_mem": ("H-Mem (published, without spikes)", HMem),
+    "lstm": ("LSTM", LSTM),
 }
 SPIKING = {  # groups of kept runs of the task script
-    "ood_hebbian_snn": "spiking, default constants",
-    "ood_hebbian_snn_tuned": "spiking, rule tuned",
-    "ood_hebbian_snn_without_feedback": "spiking, without the feedbacks",
+    "ood_recipe": "spiking, recipe",
+    "ood_recipe_tuned": "spiking, recipe, rule tuned",
+    "ood_recipe_without_feedback": "spiking, recipe, without the feedbacks",
 }
-WORDS = {name: setting.words for name, setting in NETWORKS.items()} | SPIKING
+WORDS = {name: words for name, (words, _) in NETWORKS.items()} | SPIKING
 
 
 # Training
 
 
-def train(name: str, seed: int) -> Result:
-    """Train a network as the task script trains the spiking one, and test the network of its best epoch."""
-    setting, samples = NETWORKS[name], data.TRAINING_SAMPLES
-    torch.manual_seed(seed)
-    network = setting.make()
-    optimizer = torch.optim.Adam(network.parameters(), lr=setting.learning_rate)
-    validation = data.evaluation_set("validation", PAIRS, **SIZES)
+def best_setting(folder: Path, name: str) -> dict[str, Any]:
+    """Learning rate and start of the curriculum with the highest validation accuracy (of equal ones, the lowest loss)."""
+
+    def validation(setting: dict[str, Any]) -> tuple[float, float]:
+        run = "-".join([f"search/{name}", *(f"{option}{value}" for option, value in setting.items())])
+        metrics = complete(folder, run, {"network": name, "seed": 1} | setting).metrics
+        return max((line["validation_accuracy"], -line["validation_loss"]) for line in metrics)
+
+    settings = itertools.product(LEARNING_RATES, CURRICULUM_STARTS)
+    return max(({"learning_rate": rate, "curriculum_start": start} for rate, start in settings), key=validation)
+
+
+def complete(folder: Path, run: str, options: dict[str, Any]) -> Result:
+    """A run, trained (and tested, except in the search) if the folder lacks it."""
+    options = COMMON | options
+    if found := read_runs(folder).get(run):
+        if found.options != options or len(found.metrics) != options["epochs"]:
+            raise UserError(f"{folder}: {run} had other options or epochs; choose another --output_dir")
+        return found
+    network, metrics = train(run, options)
+    tests = []
+    for length in TESTED if run.startswith("tested/") else ():
+        loss, accuracy = evaluate(network, data.evaluation_set("test", length, **SIZES))
+        tests.append({"sequence_length": length, "accuracy": accuracy, "loss": loss})
+    command = f"{commit()}: python -m experiments.compare --output_dir {folder} --networks {options['network']}"
+    runs = read_runs(folder) | {run: Result(run, options, [command], metrics, tests)}  # another process may have added some
+    write_groups((runs[name] for name in sorted(runs)), folder)
+    return runs[run]
+
+
+def train(run: str, options: dict[str, Any]) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Train a network as the task script trains the spiking one. Returns the network of its best epoch, and the metrics."""
+    torch.manual_seed(options["seed"])
+    network, samples = NETWORKS[options["network"]][1](), data.TRAINING_SAMPLES
+    optimizer = torch.optim.Adam(network.parameters())
+    pairs, batch_size = options["sequence_length"], options["batch_size"]
+    validation = data.evaluation_set("validation", pairs, **SIZES)
     metrics, best_accuracy, best = [], -1.0, {}
-    for epoch in range(EPOCHS):
+    for epoch in range(options["epochs"]):
         begin, loss_sum, correct = time.perf_counter(), 0.0, 0
-        learning_rate = setting.learning_rate * LEARNING_RATE_DECAY**epoch
+        learning_rate = options["learning_rate"] * options["learning_rate_decay"] ** epoch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        for start in range(0, samples, BATCH_SIZE):
-            length = data.training_length(epoch, PAIRS, setting.curriculum_start, curriculum_step=4)
-            batch = data.training_samples(start, min(start + BATCH_SIZE, samples), epoch, length, **SIZES)
+        length = data.training_length(epoch, pairs, options["curriculum_start"], options["curriculum_step"])
+        for start in range(0, samples, batch_size):
+            batch = data.training_samples(start, min(start + batch_size, samples), epoch, length, **SIZES)
             logits = network(batch.features, batch.labels, batch.query)
             loss = cross_entropy(logits, batch.answer, reduction="sum")
             optimizer.zero_grad()
@@ -268,19 +287,15 @@ def train(name: str, seed: int) -> Result:
             loss_sum += loss.item()
             correct += (logits.argmax(1) == batch.answer).sum().item()
         loss, accuracy = evaluate(network, validation)
-        if not math.isfinite(loss_sum + loss):
-            raise UserError(f"{name}, seed {seed}, epoch {epoch + 1}: the loss is not finite")
         if accuracy > best_accuracy:
             best_accuracy, best = accuracy, copy.deepcopy(network.state_dict())
-        values = epoch + 1, learning_rate, loss_sum / samples, 100 * (correct / samples), loss, accuracy
-        metrics.append(dict(zip(METRICS, (name, seed, *values, time.perf_counter() - begin), strict=True)))
-        print(f"{name}, seed {seed}, epoch {epoch + 1}/{EPOCHS}: validation loss {loss:.4f}, accuracy {accuracy:.1f} %")
+        line = {"epoch": epoch + 1, "learning_rate": learning_rate}
+        line |= {"train_loss": loss_sum / samples, "train_accuracy": 100 * (correct / samples)}
+        line |= {"validation_loss": loss, "validation_accuracy": accuracy, "seconds": time.perf_counter() - begin}
+        metrics.append(line)
+        print(f"{run}, epoch {epoch + 1}/{options['epochs']}: validation loss {loss:.4f}, accuracy {accuracy:.1f} %")
     network.load_state_dict(best)
-    tests = []
-    for length in TESTED:
-        loss, accuracy = evaluate(network, data.evaluation_set("test", length, **SIZES))
-        tests.append(dict(zip(TESTS, (name, seed, length, accuracy, loss), strict=True)))
-    return Result(name, {"batch_size": BATCH_SIZE}, [], metrics, tests)
+    return network, metrics
 
 
 @torch.no_grad()
@@ -295,73 +310,37 @@ def evaluate(network: nn.Module, samples: data.Samples) -> tuple[float, float]:
     return loss / len(samples), 100 * correct / len(samples)
 
 
-# The files
+# Reading
 
 
-def read_runs(folder: Path) -> dict[tuple[str, int], Result]:
-    """The runs of metrics.csv and tests.csv, by network and seed. Raises UserError where one of the files is damaged."""
-    found = []
-    for path, head in ((folder / "metrics.csv", METRICS), (folder / "tests.csv", TESTS)):
-        lines, runs = [",".join(head)], {}
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else lines
-            for row in csv.DictReader(lines[1:], head):
-                _ = [float(value) for column, value in row.items() if column != "network"]
-                runs.setdefault((row["network"], int(row["seed"])), []).append(row)
-            length = EPOCHS if head is METRICS else len(TESTED)
-            whole = all(name in NETWORKS and length == len(rows) for (name, _), rows in runs.items())
-            if lines[:1] != [",".join(head)] or not whole:
-                raise ValueError("columns, or rows of a run, are missing or unknown")
-            if found and not runs.keys() <= found[0].keys():
-                raise ValueError("metrics.csv lacks some of its runs")
-        except (ValueError, TypeError, csv.Error) as damage:
-            raise UserError(f"{path}: damaged ({damage}); restore it, or remove it to train again") from damage
-        found.append(runs)
-    metrics, tests = found
-    return {run: Result(run[0], {"batch_size": BATCH_SIZE}, [], metrics[run], tests[run]) for run in tests}
+def read_runs(folder: Path) -> dict[str, Result]:
+    """The runs of a folder by name. Raises UserError where a file is damaged."""
+    return {run.name: run for run in read_results(folder)} if any(folder.glob(f"*/{GROUP}")) else {}
 
 
 def read_groups(folder: Path, spiking: Path) -> dict[str, list[Result]]:
-    """The runs of each network, including the spiking networks with a folder."""
-    groups: dict[str, list[Result]] = {}
-    for result in read_runs(folder).values():
-        groups.setdefault(result.name, []).append(result)
-    return groups | {group: read_results(spiking / group) for group in SPIKING if (spiking / group).is_dir()}
-
-
-def keep(folder: Path, run: tuple[str, int], result: Result) -> None:
-    """Add a run to the files; metrics first, since a run is complete when tests.csv holds it."""
-    runs = read_runs(folder) | {run: result}  # another process may have added some
-    in_order = [runs[run] for run in sorted(runs, key=lambda run: (list(NETWORKS).index(run[0]), run[1]))]
-    write_table(folder / "metrics.csv", [row for result in in_order for row in result.metrics])
-    write_table(folder / "tests.csv", [row for result in in_order for row in result.tests])
+    """The tested runs of each network, including the spiking networks with a folder."""
+    runs = [run for run in read_runs(folder).values() if run.name.startswith("tested/")]
+    found = {name: [run for run in runs if run.options["network"] == name] for name in NETWORKS}
+    found |= {group: read_results(spiking / group) for group in SPIKING if (spiking / group).is_dir()}
+    return {group: members for group, members in found.items() if members}
 
 
 # Table and figure
 
 
 def table(groups: dict[str, list[Result]]) -> list[dict]:
-    """A row per group: test accuracy in percent at each length (mean and standard deviation over the seeds), thousands of
-    training samples until 90 % in validation (mean; "-" if a seed never reaches it)."""
+    """A row per group: test accuracy in percent at each length (mean and standard deviation over the seeds)."""
     rows = []
     for group, runs in groups.items():
-        reached = [first_above(run, REACHED) for run in runs]
-        epochs, batches = sorted({len(run.metrics) for run in runs}), sorted({run.options["batch_size"] for run in runs})
-        updates = sorted({len(run.metrics) * -(-data.TRAINING_SAMPLES // run.options["batch_size"]) for run in runs})
+        options, epochs = runs[0].options, max(len(run.metrics) for run in runs)
         rows.append(
             {"group": group, "network": WORDS[group], "seeds": len(runs)}
-            | {"epochs": "-".join(map(str, epochs)), "batch size": "-".join(map(str, batches))}
-            | {"updates": "-".join(map(str, updates))}
+            | {"learning rate": options["learning_rate"], "curriculum from": options["curriculum_start"]}
+            | {"epochs": epochs, "updates": epochs * -(-data.TRAINING_SAMPLES // options["batch_size"])}
             | {f"{length} pairs": mean_and_deviation([accuracy_at(run, length) for run in runs]) for length in SHOWN}
-            | {"thousand samples to 90 %": "-" if None in reached else f"{np.mean(reached):.0f}"}
         )
     return rows
-
-
-def first_above(run: Result, percent: float) -> float | None:
-    """Thousands of training samples until the end of the first epoch with this validation accuracy."""
-    epochs = (n for n, line in enumerate(run.metrics, start=1) if float(line["validation_accuracy"]) >= percent)
-    return next((n * data.TRAINING_SAMPLES / 1000 for n in epochs), None)
 
 
 def to_markdown(rows: list[dict]) -> str:
@@ -383,7 +362,7 @@ def draw(groups: dict[str, list[Result]]) -> Figure:
         handles.append(Line2D([], [], label=f"{WORDS[group]} ({len(runs)} seed{'s' * (len(runs) > 1)})", **look))
         draw_repetitions(lengths, [(run["sequence_length"], run["accuracy"]) for run in runs], group, **look)
         draw_repetitions(training, [(seen * run["epoch"], run["validation_accuracy"]) for run in runs], group, **look)
-    heading(lengths, "a", f"Tested at other lengths (trained with {PAIRS} pairs)")
+    heading(lengths, "a", f"Tested at other lengths (trained with {COMMON['sequence_length']} pairs)")
     heading(training, "b", "Training")
     lengths.set(xlabel="Pairs at test", ylabel="Accuracy (%)", ylim=(0, 103))
     training.set(xlabel="Training samples (thousands)", ylabel="Validation accuracy (%)", ylim=(0, 103))

@@ -262,10 +262,16 @@ def budgets(kept: Kept) -> list[list]:
     protocols = {
         "published options": (*PUBLISHED, *SHORT),
         "published options, length curriculum": ("curriculum", "ood_curriculum"),
-        "recipes": ("recipe", "recipe_tuned", "ood_recipe", "ood_recipe_tuned", "recipe_from_one_pair"),
+        "recipes": (
+            "recipe",
+            "recipe_tuned",
+            "ood_recipe",
+            "ood_recipe_tuned",
+            "ood_recipe_without_feedback",
+            "recipe_from_one_pair",
+        ),
         "their controls": ("first_recipe", "first_recipe_tuned"),
         "recipe, longer": ("recipe_longer",),
-        "spiking, beside other networks": tuple(compare.SPIKING),
     }
     for words, named in protocols.items():
         groups = [group for group in named if group in kept.runs]
@@ -275,13 +281,10 @@ def budgets(kept: Kept) -> list[list]:
         rows[-1].append(span(run.options["batch_size"] for run, _ in runs))
         rows[-1] += [span(epochs), span(row["updates"] for _, row in runs)]
         rows[-1] += [span(count * data.TRAINING_SAMPLES // 1000 for count in epochs)]
-    for row in kept.networks:
-        if row["group"] == "lstm":  # and each other network
-            samples = int(row["epochs"]) * data.TRAINING_SAMPLES // 1000
-            rows.append(
-                ["other networks", "`comparison/`", row["batch size"], row["epochs"], f"{int(row['updates']):,}", samples]
-            )
-    return rows
+    (row,) = [row for row in kept.networks if row["group"] == "lstm"]  # and each other network
+    samples = row["epochs"] * data.TRAINING_SAMPLES // 1000
+    common = compare.COMMON["batch_size"], row["epochs"], f"{row['updates']:,}", samples
+    return [*rows, ["other networks", "`comparison/`", *common]]
 
 
 def recipes(kept: Kept) -> list[list]:
@@ -373,10 +376,10 @@ def longer(kept: Kept) -> list[list]:
 def networks(kept: Kept) -> list[list]:
     """Other networks and the spiking ones, the best at 30 pairs first."""
     shown = [f"{length} pairs" for length in compare.SHOWN]
-    rows = [["network", "seeds", "updates", "thousand samples", *shown]]
+    rows = [["network", "seeds", "learning rate", "curriculum", *shown]]
     for row in sorted(kept.networks, key=lambda row: -float(row["30 pairs"].split()[0])):
-        samples = int(row["epochs"]) * data.TRAINING_SAMPLES // 1000
-        rows.append([row["network"], row["seeds"], f"{int(row['updates']):,}", samples, *(row[length] for length in shown)])
+        curriculum = "from 2 pairs" if row["curriculum from"] else "none"
+        rows.append([row["network"], row["seeds"], row["learning rate"], curriculum, *(row[length] for length in shown)])
     return rows
 
 

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import math
-import re
 from pathlib import Path
 
 import golden
@@ -23,7 +22,7 @@ COMPARISON = RESULTS.with_name("comparison")
 
 def new(name: str, seed: int = 1):
     torch.manual_seed(seed)
-    return compare.NETWORKS[name].make()
+    return compare.NETWORKS[name][1]()
 
 
 def draw_samples(number: int = 20, length: int = 4) -> data.Samples:
@@ -135,25 +134,30 @@ def test_positions_tell_the_pairs_apart():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(data, "TRAINING_SAMPLES", 300)
+    monkeypatch.setattr(data, "TRAINING_SAMPLES", 150)
     monkeypatch.setattr(data, "EVALUATION_SAMPLES", {"validation": 130, "test": 50})
-    monkeypatch.setattr(compare, "EPOCHS", 3)
+    monkeypatch.setitem(compare.COMMON, "epochs", 3)
     monkeypatch.setattr(compare, "TESTED", (2, 10))
 
 
-def test_training_again_repeats_the_first_epochs_of_a_committed_run(monkeypatch):
+def train(name="lstm", **options):
+    return compare.train(
+        "a run", compare.COMMON | {"network": name, "seed": 1, "learning_rate": 0.003, "curriculum_start": 2} | options
+    )
+
+
+def test_training_again_repeats_the_first_epochs_of_a_committed_run():
     """This checks the whole training: initial weights, samples, curriculum, learning rate and its decay."""
-    monkeypatch.setattr(compare, "EPOCHS", 2)
-    monkeypatch.setattr(compare, "TESTED", ())
-    committed = [row for row in read(COMPARISON / "metrics.csv") if (row["network"], row["seed"]) == ("lstm", "1")]
-    for ours, theirs in zip(compare.train("lstm", 1).metrics, committed, strict=False):
+    committed = compare.read_runs(COMPARISON)["tested/lstm-seed1"]
+    _, metrics = compare.train("a run", committed.options | {"epochs": 2})
+    for ours, theirs in zip(metrics, committed.metrics, strict=False):
         for column in ("epoch", "learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
             # On another processor, rounding may change the answers to some of the 1,000 or 9,000 samples.
-            assert ours[column] == pytest.approx(float(theirs[column]), rel=2e-3, abs=0.2 * ("accuracy" in column)), column
+            assert ours[column] == pytest.approx(theirs[column], rel=2e-3, abs=0.2 * ("accuracy" in column)), column
 
 
-def test_the_network_of_the_best_epoch_is_tested(tiny, monkeypatch):
-    states, queries, accuracies = [], [], iter([50.0, 70.0, 70.0, 1.0, 2.0])
+def test_the_network_of_the_best_epoch_is_returned(tiny, monkeypatch):
+    states, queries, accuracies = [], [], iter([50.0, 70.0, 70.0])
 
     def evaluate(network, samples):
         states.append(network.output_layer.weight.detach().clone())
@@ -161,64 +165,71 @@ def test_the_network_of_the_best_epoch_is_tested(tiny, monkeypatch):
         return 0.0, next(accuracies)
 
     monkeypatch.setattr(compare, "evaluate", evaluate)
-    result = compare.train("lstm", 1)
-    assert [(row["sequence_length"], row["accuracy"]) for row in result.tests] == [(2, 1.0), (10, 2.0)]
-    assert [torch.equal(states[3], state) for state in states] == [False, True, False, True, True]
-    sets = [("validation", 10)] * 3 + [("test", 2), ("test", 10)]
-    assert all(torch.equal(q, data.evaluation_set(*of, **compare.SIZES).query) for q, of in zip(queries, sets, strict=True))
+    network, metrics = train()
+    assert [torch.equal(network.output_layer.weight, state) for state in states] == [False, True, False]
+    assert [line["validation_accuracy"] for line in metrics] == [50, 70, 70]
+    validation = data.evaluation_set("validation", 10, **compare.SIZES).query
+    assert len(queries) == 3 and all(torch.equal(query, validation) for query in queries)
 
 
 def test_an_epoch_uses_all_samples_and_the_curriculum_lengthens_sequences(tiny, monkeypatch):
     drawn, draw = [], data.training_samples
     monkeypatch.setattr(data, "training_samples", lambda *a, **sizes: drawn.append(a) or draw(*a, **sizes))
-    compare.train("lstm", 1)
-    ranges = [(0, 128), (128, 256), (256, 300)]
+    train()
+    ranges = [(0, 64), (64, 128), (128, 150)]
     assert drawn == [(*of, epoch, length) for epoch, length in enumerate([2, 6, 10]) for of in ranges]
     drawn.clear()
-    compare.train("delta_rule", 1)
+    train(curriculum_start=0)
     assert {length for *_, length in drawn} == {10}
 
 
 def test_the_norm_of_the_gradient_is_clipped(tiny, monkeypatch):
     """Clipped to 1e-14, gradients hardly move the weights, since Adam adds 1e-8 to their root mean square."""
     initial, _ = compare.evaluate(new("lstm"), data.evaluation_set("validation", 10, **compare.SIZES))
-    moved = compare.train("lstm", 1).metrics[-1]["validation_loss"]
+    moved = train()[1][-1]["validation_loss"]
     monkeypatch.setattr(compare, "MAX_GRAD_NORM", 1e-14)
-    assert compare.train("lstm", 1).metrics[-1]["validation_loss"] == pytest.approx(initial, abs=1e-5) != moved
+    assert train()[1][-1]["validation_loss"] == pytest.approx(initial, abs=1e-5) != moved
 
 
-def test_finished_runs_are_not_repeated_and_an_unfinished_run_is_trained_again(tiny, monkeypatch, tmp_path):
-    command = ["--output_dir", str(tmp_path / "new"), "--spiking", str(tmp_path / "none"), "--networks", "lstm", "delta_rule"]
-    names = ("metrics.csv", "tests.csv", "comparison.csv", "comparison.md", "comparison.png")
-    files = [tmp_path / "new" / name for name in names]
+def test_the_best_setting_in_validation_is_tested_and_finished_runs_are_not_repeated(tiny, monkeypatch, tmp_path):
+    trained, train = [], compare.train
+    found = {(0.001, 0): (70, 0.5), (0.003, 2): (70, 0.4), (0.01, 0): (69, 0.1), (0.01, 2): (70, 0.6)}  # accuracy, loss
+
+    def recorded(run, options):
+        setting = options["learning_rate"], options["curriculum_start"]
+        trained.append((run, options["seed"], *setting))
+        network, metrics = train(run, options)
+        accuracy, loss = found.get(setting, (60, 0.0))
+        return network, [*metrics[:2], metrics[2] | {"validation_accuracy": accuracy, "validation_loss": loss}]
+
+    monkeypatch.setattr(compare, "train", recorded)
+    folder = tmp_path / "new"
+    command = ["--output_dir", str(folder), "--spiking", str(tmp_path / "none"), "--networks", "lstm", "delta_rule"]
     assert compare.main([*command, "--seeds", "10", "2"]) == 0
-    metrics, tests, table, *_ = map(read, files[:3])
-    order = [(network, seed) for network in ("delta_rule", "lstm") for seed in ("2", "10")]
-    assert [(row["network"], row["seed"], row["epoch"]) for row in metrics] == [(*run, n) for run in order for n in "123"]
-    lengths = [(row["network"], row["seed"], row["sequence_length"]) for row in tests]
-    assert lengths == [(*run, length) for run in order for length in ("2", "10")]
-    shown = [(row["group"], row["seeds"], row["epochs"], row["batch size"], row["updates"]) for row in table]
-    assert shown == [(group, "2", "3", "128", "9") for group in ("delta_rule", "lstm")]
-    before, train = [path.read_bytes() for path in files], compare.train
+    names = [f"search/{n}-learning_rate{r}-curriculum_start{c}" for n in ("lstm", "delta_rule") for r in (0.001, 0.003, 0.01)
+             for c in (0, 2)]  # fmt: skip
+    names += [f"tested/{network}-seed{seed}" for network in ("lstm", "delta_rule") for seed in (10, 2)]
+    assert sorted(run for run, *_ in trained) == sorted(names)
+    assert {run[1:] for run in trained if run[0].startswith("tested/")} == {(10, 0.003, 2), (2, 0.003, 2)}
+    assert {seed for run, seed, *_ in trained if run.startswith("search/")} == {1}
+    runs = compare.read_runs(folder)
+    assert {len(run.metrics) for run in runs.values()} == {3}
+    assert all(
+        [int(row["sequence_length"]) for row in run.tests] == [2, 10] * run.name.startswith("tested/") for run in runs.values()
+    )
+    table = read(folder / "comparison.csv")
+    assert [(row["group"], row["seeds"], row["epochs"], row["updates"]) for row in table] == [
+        (name, "2", "3", "9") for name in ("delta_rule", "lstm")
+    ]
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     monkeypatch.setattr(compare, "train", None)
-    for path in files[2:]:
-        path.unlink()
+    (folder / "comparison.md").unlink()
     assert compare.main([*command, "--seeds", "10", "2"]) == 0
-    assert [path.read_bytes() for path in files] == before
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
-    # A run with metrics but without tests is trained again; the other runs stay.
-    again = []
-    monkeypatch.setattr(compare, "train", lambda *run: again.append(run) or train(*run))
-    files[1].write_text(to_csv([row for row in tests if (row["network"], row["seed"]) != ("lstm", "2")]))
-    assert compare.main([*command, "--seeds", "2"]) == 0
-    assert again == [("lstm", 2)] and read(files[1]) == tests
-
-
-def test_a_loss_that_is_not_finite_stops_the_training(tiny, monkeypatch, tmp_path, capsys):
-    setting = compare.NETWORKS["lstm"]._replace(learning_rate=math.inf)
-    monkeypatch.setitem(compare.NETWORKS, "lstm", setting)
-    assert compare.main(["--output_dir", str(tmp_path), "--networks", "lstm"]) == 1
-    assert capsys.readouterr().err == "error: lstm, seed 1, epoch 1: the loss is not finite\n"
+    # A run of another budget is not taken for one of this budget.
+    monkeypatch.setitem(compare.COMMON, "batch_size", 32)
+    assert compare.main([*command, "--seeds", "2"]) == 1
 
 
 # The files
@@ -239,50 +250,24 @@ def test_the_committed_table_agrees_with_the_committed_runs():
             assert values[place] == pytest.approx(sum(each) / len(each))
 
 
-def test_the_settings_agree_with_the_committed_runs():
-    """In the first epoch of a curriculum, sequences are shorter than in validation, so accuracy is higher."""
-    for row in read(COMPARISON / "metrics.csv"):
-        setting, epoch = compare.NETWORKS[row["network"]], int(row["epoch"]) - 1
-        assert float(row["learning_rate"]) == setting.learning_rate * compare.LEARNING_RATE_DECAY**epoch
-        if epoch == 0:
-            shorter = float(row["train_accuracy"]) > 3 * float(row["validation_accuracy"])
-            assert shorter == (setting.curriculum_start > 0)
-
-
-def test_the_table_gives_mean_deviation_and_samples_until_90_percent():
-    def run(accuracy: float, *validation: float) -> compare.Result:
-        metrics = [{"validation_accuracy": value} for value in validation]
-        return compare.Result("lstm", {"batch_size": 128}, [], metrics, [{"sequence_length": "5", "accuracy": str(accuracy)}])
-
-    (row,) = compare.table({"lstm": [run(50, 10, 90, 95), run(52, 95, 10, 10)]})
-    assert (row["5 pairs"], row["10 pairs"], row["thousand samples to 90 %"]) == ("51.0 ± 1.4", "", "14")  # mean of 18 and 9
-    (row,) = compare.table({"lstm": [run(50, 10, 90, 95), run(52, 10, 10)]})
-    assert (row["epochs"], row["thousand samples to 90 %"]) == ("2-3", "-")
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "named"),
-    [
-        ("metrics.csv", lambda text: text.replace("lstm,3,", "lstn,3,"), "metrics.csv"),
-        ("metrics.csv", lambda text: text[: len(text) // 2], "metrics.csv"),
-        (
-            "metrics.csv",
-            lambda text: re.sub(r"\nlstm,5,.*", "", text),
-            "tests.csv: damaged (metrics.csv lacks some of its runs)",
-        ),
-        ("tests.csv", lambda text: text.replace("accuracy", "percent", 1), "tests.csv"),
-        ("tests.csv", lambda text: text.replace(",10,", ",ten,", 1), "tests.csv"),
-        ("tests.csv", lambda text: "\n".join(text.splitlines()[:-1]), "tests.csv"),
-        ("tests.csv", lambda text: text.rstrip() + ",1\n", "tests.csv"),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, file, damage, named):
+def test_all_committed_runs_have_one_budget_and_the_best_setting(monkeypatch):
     monkeypatch.setattr(compare, "train", None)
-    for name in ("metrics.csv", "tests.csv"):
-        text = (COMPARISON / name).read_text(encoding="utf-8")
-        (tmp_path / name).write_text(damage(text) if name == file else text, encoding="utf-8")
-    assert compare.main(["--output_dir", str(tmp_path)]) == 1
-    assert f"{tmp_path / named}" in capsys.readouterr().err and not (tmp_path / "comparison.csv").exists()
+    runs = [run for runs in compare.read_groups(COMPARISON, RESULTS).values() for run in runs]
+    for name, budget in compare.COMMON.items():
+        assert {run.options[name] for run in runs} == {budget}, name
+    assert {len(run.metrics) for run in runs} == {40}
+    for name in compare.NETWORKS:
+        setting = compare.best_setting(COMPARISON, name)
+        assert all(setting.items() <= run.options.items() for run in runs if run.options.get("network") == name)
+
+
+def test_the_table_gives_mean_and_deviation():
+    def run(accuracy: float) -> compare.Result:
+        options = {"batch_size": 64, "learning_rate": 0.01, "curriculum_start": 0}
+        return compare.Result("lstm", options, [], [{}, {}], [{"sequence_length": "5", "accuracy": str(accuracy)}])
+
+    (row,) = compare.table({"lstm": [run(50), run(52)]})
+    assert (row["5 pairs"], row["10 pairs"], row["updates"]) == ("51.0 ± 1.4", "", 2 * 141)
 
 
 @pytest.mark.parametrize("words", ["--networks lstn", "--seeds -1", "--seeds x"])

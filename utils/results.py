@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from utils import checkpoints
 from utils.errors import UserError, reason
 from utils.metrics import read_metrics, to_csv
 from utils.run import METRICS, OPTIONS, TABLE
@@ -227,5 +228,6 @@ def write_groups(results: Iterable[Result], root: Path) -> None:
             tests += [{"run": run} | line for line in result.tests]
         text = yaml.safe_dump({"options": shared, "runs": runs}, sort_keys=False, width=1000, allow_unicode=True)
         (root / group).mkdir(parents=True, exist_ok=True)
-        for name, content in ((GROUP, text), (GROUP_METRICS, to_csv(metrics)), (GROUP_TESTS, to_csv(tests))):
-            (root / group / name).write_text(content, encoding="utf-8")
+        # The list of runs comes last: a run is there when all of it is there.
+        for name, content in ((GROUP_METRICS, to_csv(metrics)), (GROUP_TESTS, to_csv(tests)), (GROUP, text)):
+            checkpoints.write_atomically(root / group / name, lambda file, content=content: file.write(content.encode()))
