@@ -7,8 +7,8 @@ Each network is trained with seed 1 at three learning rates, with and without a 
 validation it is trained with every seed, and tested. Runs in OUTPUT_DIR are not repeated; if none is missing, only table and
 figure are written again. The committed runs used one thread (OMP_NUM_THREADS=1); another processor rounds differently.
 
-search/, tested/   the runs, in the files of utils/results.py
-comparison.*       table (csv, md) and figure (png), including the spiking networks in the --spiking folder
+runs.yaml, metrics.csv, tests.csv   the runs, as in utils/results.py; those of the search are not tested
+comparison.*                        table (csv, md) and figure (png), including the spiking networks in the --spiking folder
 
 Shapes: B batch, L pairs in a sequence, C classes, F features, E embedding size, M memory size.
 """
@@ -66,7 +66,7 @@ def main(argv=None) -> int:
     for name in args.networks:
         setting = best_setting(args.output_dir, name)
         for seed in args.seeds:
-            complete(args.output_dir, f"tested/{name}-seed{seed}", {"network": name, "seed": seed} | setting)
+            complete(args.output_dir, {"network": name, "seed": seed} | setting, TESTED)
     groups = read_groups(args.output_dir, args.spiking)
     rows = table(groups)
     (args.output_dir / "comparison.csv").write_text(to_csv(rows), encoding="utf-8")
@@ -236,30 +236,30 @@ def best_setting(folder: Path, name: str) -> dict[str, Any]:
     """Learning rate and start of the curriculum with the highest validation accuracy (of equal ones, the lowest loss)."""
 
     def validation(setting: dict[str, Any]) -> tuple[float, float]:
-        run = "-".join([f"search/{name}", *(f"{option}{value}" for option, value in setting.items())])
-        metrics = complete(folder, run, {"network": name, "seed": 1} | setting).metrics
+        metrics = complete(folder, {"network": name, "seed": 1} | setting).metrics
         return max((line["validation_accuracy"], -line["validation_loss"]) for line in metrics)
 
     settings = itertools.product(LEARNING_RATES, CURRICULUM_STARTS)
     return max(({"learning_rate": rate, "curriculum_start": start} for rate, start in settings), key=validation)
 
 
-def complete(folder: Path, run: str, options: dict[str, Any]) -> Result:
-    """A run, trained (and tested, except in the search) if the folder lacks it."""
-    options = COMMON | options
-    if found := read_runs(folder).get(run):
-        if found.options != options or len(found.metrics) != options["epochs"]:
-            raise UserError(f"{folder}: {run} had other options or epochs; choose another --output_dir")
+def complete(folder: Path, varied: dict[str, Any], lengths: tuple[int, ...] = ()) -> Result:
+    """The run with these options, trained and tested at these lengths if the folder lacks it."""
+    name, options = "-".join(f"{option}{value}" for option, value in varied.items()).removeprefix("network"), COMMON | varied
+    found = read_runs(folder).get(name)
+    if found and (found.options != options or len(found.metrics) != options["epochs"]):
+        raise UserError(f"{folder}: {name} had other options or epochs; choose another --output_dir")
+    if found and (found.tests or not lengths):
         return found
-    network, metrics = train(run, options)
+    network, metrics = train(name, options)
     tests = []
-    for length in TESTED if run.startswith("tested/") else ():
+    for length in lengths:
         loss, accuracy = evaluate(network, data.evaluation_set("test", length, **SIZES))
         tests.append({"sequence_length": length, "accuracy": accuracy, "loss": loss})
     command = f"{commit()}: python -m experiments.compare --output_dir {folder} --networks {options['network']}"
-    runs = read_runs(folder) | {run: Result(run, options, [command], metrics, tests)}  # another process may have added some
+    runs = read_runs(folder) | {name: Result(name, options, [command], metrics, tests)}  # another process may have added some
     write_groups((runs[name] for name in sorted(runs)), folder)
-    return runs[run]
+    return runs[name]
 
 
 def train(run: str, options: dict[str, Any]) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -315,12 +315,12 @@ def evaluate(network: nn.Module, samples: data.Samples) -> tuple[float, float]:
 
 def read_runs(folder: Path) -> dict[str, Result]:
     """The runs of a folder by name. Raises UserError where a file is damaged."""
-    return {run.name: run for run in read_results(folder)} if any(folder.glob(f"*/{GROUP}")) else {}
+    return {run.name: run for run in read_results(folder)} if (folder / GROUP).exists() else {}
 
 
 def read_groups(folder: Path, spiking: Path) -> dict[str, list[Result]]:
     """The tested runs of each network, including the spiking networks with a folder."""
-    runs = [run for run in read_runs(folder).values() if run.name.startswith("tested/")]
+    runs = [run for run in read_runs(folder).values() if run.tests]
     found = {name: [run for run in runs if run.options["network"] == name] for name in NETWORKS}
     found |= {group: read_results(spiking / group) for group in SPIKING if (spiking / group).is_dir()}
     return {group: members for group, members in found.items() if members}

@@ -95,9 +95,8 @@ def test_every_option_of_the_original_implementation_has_its_default_and_both_sp
         task.main(["--help"])
     usage, help = capsys.readouterr().out.split("\n\n", 1)
     assert len(usage.splitlines()) <= 2
-    assert (
-        help.count("--dist_url ") == 1 and "--dist-url" not in help and "(default: none)" in help and "default: )" not in help
-    )
+    assert help.count("--dist_url ") == 1 and "--dist-url" not in help
+    assert "(default: none)" in help and "default: )" not in help
 
 
 def test_flags_override_yaml_and_a_later_file_an_earlier_one(capsys, tmp_path):
@@ -234,3 +233,9 @@ def test_any_command_line_or_yaml_file_succeeds_or_fails_in_one_line(draws):
     value = scalar | st.lists(scalar, max_size=3) | st.dictionaries(st.text(max_size=3), scalar, max_size=3)
     in_yaml(yaml.safe_dump(draws.draw(st.dictionaries(option | scalar, value, max_size=5))))
     in_yaml(draws.draw(st.one_of(st.binary(max_size=60), st.text(max_size=60))))
+
+
+def test_the_word_none_is_no_path():
+    """An empty path would be the working folder."""
+    words = ["--metrics", "none", "--csv", "a.csv", "--output", "none"]
+    assert parser_of(plot).given(words) == {"metrics": [], "csv": ["a.csv"], "output": ""}

@@ -28,7 +28,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = super()._get_help_string(action)
-        return text.replace("%(default)s", "none") if text and action.default in ("", None) else text
+        return text.replace("%(default)s", "none") if text and action.default in ("", None, ()) else text
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,7 +89,11 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words, absent)
         if unknown:
             self._refuse(unknown[0])
-        return {name: value for name, value in vars(parsed).items() if value is not _ABSENT and name not in REMOVED}
+        found = {name: value for name, value in vars(parsed).items() if value is not _ABSENT and name not in REMOVED}
+        # The word none gives an empty path; in a list of paths it is no path.
+        return {
+            name: [one for one in value if one != ""] if isinstance(value, list) else value for name, value in found.items()
+        }
 
     def _refuse(self, word: str) -> NoReturn:
         name = word.partition("=")[0][:80]
