@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,4 +231,4 @@ def write_groups(results: Iterable[Result], root: Path) -> None:
         (root / group).mkdir(parents=True, exist_ok=True)
         # The list of runs comes last: a run is there when all of it is there.
         for name, content in ((GROUP_METRICS, to_csv(metrics)), (GROUP_TESTS, to_csv(tests)), (GROUP, text)):
-            checkpoints.write_atomically(root / group / name, lambda file, content=content: file.write(content.encode()))
+            checkpoints.write_atomically(root / group / name, methodcaller("write", content.encode()))
