@@ -240,7 +240,7 @@ def test_the_committed_table_agrees_with_the_committed_runs():
     groups = compare.read_groups(COMPARISON, RESULTS)
     rows = compare.table(groups)
     assert list(groups) == [*compare.NETWORKS, *compare.SPIKING]
-    assert {len(runs) for runs in groups.values()} == {5}
+    assert {len(groups[name]) for name in compare.NETWORKS} == {5}
     assert (COMPARISON / "comparison.csv").read_text(encoding="utf-8") == to_csv(rows)
     assert (COMPARISON / "comparison.md").read_text(encoding="utf-8") == compare.to_markdown(rows)
     lengths, training = compare.draw(groups).axes
