@@ -181,9 +181,10 @@ def draw(tables: dict[str, list[dict]]) -> Figure:
         noise.plot(deviations, [row["accuracy"] for row in exact], label=in_words(name), **look)
     noise.plot(deviations, [row["nearest"] for row in exact], ls=DOTTED, color=GREY, label=f"exact memory, {longest} pairs")
     kinds = {"of_nearest_vector": "of the\nnearest vector", "of_later_pair": "of a\nlater pair", "label_not_shown": "not shown"}
-    width = 0.8 / len(names)
-    for number, row in enumerate(networks):
-        places = np.arange(len(kinds)) + (number - (len(names) - 1) / 2) * width
+    of_several = [row for row in networks if row["sequence_length"] > 2]  # of two pairs, only one is left to name
+    width = 0.8 / max(1, len(of_several))
+    for number, row in enumerate(of_several):
+        places = np.arange(len(kinds)) + (number - (len(of_several) - 1) / 2) * width
         hatch = "///" if row["network"] in repeated else None
         errors.bar(places, [row[k] for k in kinds], width, color=colours[row["network"]], hatch=hatch, ec="white", lw=0)
     errors.set_xticks(range(len(kinds)), kinds.values())

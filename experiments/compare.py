@@ -322,6 +322,9 @@ def read_groups(folder: Path, spiking: Path) -> dict[str, list[Result]]:
     """The tested runs of each network, including the spiking networks with a folder."""
     runs = [run for run in read_runs(folder).values() if run.tests]
     found = {name: [run for run in runs if run.options["network"] == name] for name in NETWORKS}
+    for name, members in found.items():
+        if len({(run.options["learning_rate"], run.options["curriculum_start"]) for run in members}) > 1:
+            raise UserError(f"{folder}: {name} was tested with two settings; choose another --output_dir")
     found |= {group: read_results(spiking / group) for group in SPIKING if (spiking / group).is_dir()}
     return {group: members for group, members in found.items() if members}
 
@@ -351,7 +354,7 @@ def to_markdown(rows: list[dict]) -> str:
 
 @styled
 def draw(groups: dict[str, list[Result]]) -> Figure:
-    """Accuracy by tested length, and in training: a colour per network, the spiking ones in black."""
+    """Errors by tested length, and in training: a colour per network, the spiking ones in black."""
     figure = new_figure(TWO_COLUMNS, 72)
     lengths, training = figure.subplots(1, 2)
     looks = {name: {"color": colour} for name, colour in zip(NETWORKS, SERIES, strict=False)}
@@ -360,12 +363,14 @@ def draw(groups: dict[str, list[Result]]) -> Figure:
     for group, members in groups.items():
         runs, look = [columns(run.tests) | columns(run.metrics) for run in members], looks[group]
         handles.append(Line2D([], [], label=f"{WORDS[group]} ({len(runs)} seed{'s' * (len(runs) > 1)})", **look))
-        draw_repetitions(lengths, [(run["sequence_length"], run["accuracy"]) for run in runs], group, **look)
-        draw_repetitions(training, [(seen * run["epoch"], run["validation_accuracy"]) for run in runs], group, **look)
+        draw_repetitions(lengths, [(run["sequence_length"], 100 - run["accuracy"]) for run in runs], group, **look)
+        draw_repetitions(training, [(seen * run["epoch"], 100 - run["validation_accuracy"]) for run in runs], group, **look)
     heading(lengths, "a", f"Tested at other lengths (trained with {COMMON['sequence_length']} pairs)")
     heading(training, "b", "Training")
-    lengths.set(xlabel="Pairs at test", ylabel="Accuracy (%)", ylim=(0, 103))
-    training.set(xlabel="Training samples (thousands)", ylabel="Validation accuracy (%)", ylim=(0, 103))
+    for ax, words, of in ((lengths, "Pairs at test", "test"), (training, "Training samples (thousands)", "validation")):
+        ax.set_yscale("symlog", linthresh=0.1, linscale=0.3)  # a network without errors is at 0
+        ax.set(xlabel=words, ylabel=f"Errors in {of} (%)", ylim=(0, 103), yticks=[0, 0.1, 1, 10, 100])
+        ax.yaxis.set_major_formatter("{x:g}")
     figure.legend(handles=handles, loc="outside lower left", ncols=3)
     return figure
 

@@ -237,7 +237,7 @@ def draw_lines(ax: Axes, rows: list[dict[str, Any]], means: bool) -> None:
         for row in lines[label, epochs]:
             points[row["outcome"] == "learned"].append((row["sequence_length"], row["test_accuracy"]))
         colour = SERIES[n % len(SERIES)]
-        for learned, name, look in ((True, words, CIRCLE), (False, f"{words}: silent, or at chance", CROSS)):
+        for learned, name, look in ((True, words, CIRCLE), (False, f"{words}: silent, or accuracy at chance", CROSS)):
             if points[learned]:
                 ax.plot(*zip(*points[learned], strict=True), ls="", color=colour, label=name, zorder=9 - n, **look)
         if means:

@@ -15,7 +15,9 @@ import data
 import models
 from experiments import compare
 from models.plasticity import HebbianRule
+from utils.errors import UserError
 from utils.metrics import to_csv
+from utils.results import write_groups
 
 RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results"
 COMPARISON = RESULTS.with_name("comparison")
@@ -228,9 +230,14 @@ def test_the_best_setting_in_validation_is_tested_and_finished_runs_are_not_repe
     assert compare.main([*command, "--seeds", "10", "1"]) == 0
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
-    # A run of another budget is not taken for one of this budget.
+    # Runs of another budget or of two settings are not taken for repetitions.
     monkeypatch.setitem(compare.COMMON, "batch_size", 32)
     assert compare.main([*command, "--seeds", "2"]) == 1
+    other = next(run for name, run in kept.items() if name.startswith("lstm-seed1-learning_rate0.001"))
+    tested_too = other._replace(tests=next(run.tests for run in kept.values() if run.tests))
+    write_groups((kept | {other.name: tested_too}).values(), folder)
+    with pytest.raises(UserError, match="lstm was tested with two settings"):
+        compare.read_groups(folder, tmp_path / "none")
 
 
 # The files
@@ -248,7 +255,7 @@ def test_the_committed_table_agrees_with_the_committed_runs():
         means = {line.get_gid().split()[1]: line.get_ydata() for line in ax.lines if line.get_gid().startswith("mean ")}
         for group, values in means.items():
             each = [float(getattr(run, name)[place][column]) for run in groups[group]]
-            assert values[place] == pytest.approx(sum(each) / len(each))
+            assert values[place] == pytest.approx(100 - sum(each) / len(each))
 
 
 def test_all_committed_runs_have_one_budget_and_the_best_setting(monkeypatch):

@@ -222,7 +222,7 @@ def test_accuracy_figures_distinguish_epochs_and_silent_seeds():
     wanted = [r for r in rows if r["training"] == "published options" and 1 < r["num_classes"] == r["sequence_length"]]
     for epochs, learned in itertools.product((250, 100, 40, 30, 12), (True, False)):
         mine = [r["test_accuracy"] for r in wanted if r["of_epochs"] == epochs and (r["outcome"] == "learned") is learned]
-        label = f"{epochs} epochs" + ": silent, or at chance" * (not learned)
+        label = f"{epochs} epochs" + ": silent, or accuracy at chance" * (not learned)
         assert sorted(points.pop(label, [])) == sorted(mine)
     assert list(points) == ["chance: one of the labels shown"]
     circles = next(line for line in others.lines if line.get_label() == "recipe, 40 epochs")
