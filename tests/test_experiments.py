@@ -386,3 +386,28 @@ def test_the_analysis_agrees_with_the_evaluation(tmp_path, monkeypatch, capsys):
         assert fresh["samples"] == "1000" and 0 < abs(float(fresh["accuracy"]) - accuracy) < 6
         for table in ("noise", "depression"):
             assert len({row["accuracy"] for row in rows(table, network)}) > 1
+
+
+def test_the_figure_of_what_networks_recall_averages_positions_and_leaves_out_what_two_pairs_cannot_show():
+    tables: dict[str, list[dict]] = {"position": [], "errors": [], "noise": []}
+    for network, pairs in (("recipe-sequence_length12-seed1", 12), ("other", 2)):
+        for n in range(1, pairs + 1):
+            row = {"position": n, "samples": 3 if n == 1 else 1, "accuracy": 10.0 * n}
+            tables["position"].append({"network": network} | row)
+        tables["noise"].append({"network": network, "deviation": 0.0, "accuracy": 50.0, "nearest": 100.0})
+        shares = dict.fromkeys(("of_nearest_vector", "of_later_pair", "label_not_shown"), 40.0)
+        tables["errors"].append({"network": network, "sequence_length": pairs} | shares)
+    position, noise, errors = analyze.draw(tables).axes
+    points = position.lines[1].get_xydata().tolist()  # the network with two pairs is drawn first
+    assert points == [[1.25, 12.5], *([n, 10.0 * n] for n in range(3, 13))]  # 11 neighbours in 10 parts, and the last alone
+    assert [line.get_label() for line in noise.lines] == ["other", "12", "exact memory, 12 pairs"]
+    assert [bar.get_height() for bar in errors.patches] == [40.0] * 3
+
+
+def test_a_write_that_fails_leaves_the_kept_runs(tmp_path, monkeypatch):
+    first = runs.Result("g/a", {"sequence_length": 2, "num_classes": 2, "seed": 1}, [], [{"epoch": 1}], [])
+    runs.write_groups([first], tmp_path)
+    monkeypatch.setattr(runs, "GROUP_TESTS", "missing/tests.csv")
+    with pytest.raises(UserError, match=r"tests.csv: cannot be written"):
+        runs.write_groups([first, first._replace(name="g/b")], tmp_path)
+    assert [run.name for run in runs.read_results(tmp_path)] == ["g/a"]
