@@ -204,7 +204,11 @@ def to_their_end(kept: Kept) -> str:
 
 
 def hours(kept: Kept) -> str:
-    return f"{sum(row['seconds'] or 0 for _, row in kept.both(*kept.runs)) / 3600:.0f} core-hours"
+    spiking = sum(row["seconds"] or 0 for _, row in kept.both(*kept.runs))
+    others = sum(
+        line["seconds"] for run in compare.read_runs(ROOT / "experiments" / "comparison").values() for line in run.metrics
+    )
+    return f"{(spiking + others) / 3600:.0f} core-hours"
 
 
 # The tables. Each returns its rows, the head first.
