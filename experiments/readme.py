@@ -205,9 +205,8 @@ def to_their_end(kept: Kept) -> str:
 
 def hours(kept: Kept) -> str:
     spiking = sum(row["seconds"] or 0 for _, row in kept.both(*kept.runs))
-    others = sum(
-        line["seconds"] for run in compare.read_runs(ROOT / "experiments" / "comparison").values() for line in run.metrics
-    )
+    runs = compare.read_runs(ROOT / "experiments" / "comparison").values()
+    others = sum(line["seconds"] for run in runs for line in run.metrics)
     return f"{(spiking + others) / 3600:.0f} core-hours"
 
 
