@@ -131,7 +131,7 @@ def front_page(kept) -> list[str]:
         f"55 pairs rises from {without[55]['0.3']:.2f} to {without[55]['0.0']:.2f} %",
         f"the network trained with 5 falls from {without[5]['0.3']:.2f} to {without[5]['0.0']:.2f} %",
         f"the recipe reaches {mean(accuracies_at(kept, 'ood_recipe', 30)):.1f} % at 30 pairs",
-        f"and {mean(accuracies_at(kept, 'ood_recipe_tuned', 30)):.1f} % with the tuned rule (3 seeds each)",
+        f"and {mean(accuracies_at(kept, 'ood_recipe_tuned', 30)):.1f} % with the tuned rule (4 seeds each)",
         f"a Transformer ({named['transformer']}), a sum of outer products ({named['linear_attention']}) and the",
         f"delta rule ({named['delta_rule']}) are more accurate than the tuned spiking network ({named['ood_recipe_tuned']});",
         f"H-Mem ({named['h_mem']}) is not, and an LSTM ({named['lstm']}) learns little",
@@ -247,7 +247,7 @@ def of_networks(kept) -> list[str]:
     others = sorted(float(at[10][name][0]) for name in compare.NETWORKS if name != "lstm")
     best = sorted(float(at[30][name][0]) for name in ("linear_attention", "transformer", "delta_rule"))
     recipe, tuned, without = (accuracies_at(kept, group, 30) for group in compare.SPIKING)
-    instead = " % at 30 pairs instead of ".join(readme.several(seeds).removesuffix(" (3)") for seeds in (without, recipe))
+    instead = " % at 30 pairs instead of ".join(readme.several(seeds).removesuffix(" (4)") for seeds in (without, recipe))
     h_mem, positions = (" ±".join(at[30][name]) for name in ("h_mem", "transformer_positions"))
     gains = {name: readme.difference(tuned, [accuracy_at(run, 30) for run in groups[name]]) for name in compare.NETWORKS}
     assert all(gains[name].startswith("+") for name in ("linear_attention", "transformer", "delta_rule"))
