@@ -236,8 +236,10 @@ def best_setting(folder: Path, name: str) -> dict[str, Any]:
     """Learning rate and start of the curriculum with the highest validation accuracy (of equal ones, the lowest loss)."""
 
     def validation(setting: dict[str, Any]) -> tuple[float, float]:
-        metrics = complete(folder, {"network": name, "seed": 1} | setting).metrics
-        return max((line["validation_accuracy"], -line["validation_loss"]) for line in metrics)
+        run = complete(folder, {"network": name, "seed": 1} | setting)
+        if not is_finite(run.metrics):
+            return 0.0, -math.inf
+        return max((line["validation_accuracy"], -line["validation_loss"]) for line in run.metrics)
 
     settings = itertools.product(LEARNING_RATES, CURRICULUM_STARTS)
     return max(({"learning_rate": rate, "curriculum_start": start} for rate, start in settings), key=validation)
@@ -247,11 +249,13 @@ def complete(folder: Path, varied: dict[str, Any], lengths: tuple[int, ...] = ()
     """The run with these options, trained and tested at these lengths if the folder lacks it."""
     name, options = "-".join(f"{option}{value}" for option, value in varied.items()).removeprefix("network"), COMMON | varied
     found = read_runs(folder).get(name)
-    if found and (found.options != options or len(found.metrics) != options["epochs"]):
-        raise UserError(f"{folder}: {name} had other options or epochs; choose another --output_dir")
+    if found and found.options != options:
+        raise UserError(f"{folder}: {name} had other options; choose another --output_dir")
     if found and (found.tests or not lengths):
         return found
     network, metrics = train(name, options)
+    if lengths and not is_finite(metrics):
+        raise UserError(f"{name}: the loss is not finite")
     tests = []
     for length in lengths:
         loss, accuracy = evaluate(network, data.evaluation_set("test", length, **SIZES))
@@ -260,6 +264,10 @@ def complete(folder: Path, varied: dict[str, Any], lengths: tuple[int, ...] = ()
     runs = read_runs(folder) | {name: Result(name, options, [command], metrics, tests)}  # another process may have added some
     write_groups((runs[name] for name in sorted(runs)), folder)
     return runs[name]
+
+
+def is_finite(metrics: list[dict[str, Any]]) -> bool:
+    return all(math.isfinite(line["train_loss"] + line["validation_loss"]) for line in metrics)
 
 
 def train(run: str, options: dict[str, Any]) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -314,8 +322,19 @@ def evaluate(network: nn.Module, samples: data.Samples) -> tuple[float, float]:
 
 
 def read_runs(folder: Path) -> dict[str, Result]:
-    """The runs of a folder by name. Raises UserError where a file is damaged."""
-    return {run.name: run for run in read_results(folder)} if (folder / GROUP).exists() else {}
+    """The runs of a folder by name. Raises UserError where a file is damaged or lacks a part of a run."""
+    runs = {run.name: run for run in read_results(folder)} if (folder / GROUP).exists() else {}
+    for name, run in runs.items():
+        try:
+            tests = {int(row["sequence_length"]): float(row["accuracy"]) + float(row["loss"]) for row in run.tests}
+            whole = len(run.metrics) == run.options["epochs"] and tuple(tests) in ((), TESTED)
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{folder}: {name}: epochs or tests are missing or damaged; restore them, or remove it from {GROUP}"
+            )
+    return runs
 
 
 def read_groups(folder: Path, spiking: Path) -> dict[str, list[Result]]:

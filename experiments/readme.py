@@ -265,14 +265,7 @@ def budgets(kept: Kept) -> list[list]:
     protocols = {
         "published options": (*PUBLISHED, *SHORT),
         "published options, length curriculum": ("curriculum", "ood_curriculum"),
-        "recipes": (
-            "recipe",
-            "recipe_tuned",
-            "ood_recipe",
-            "ood_recipe_tuned",
-            "ood_recipe_without_feedback",
-            "recipe_from_one_pair",
-        ),
+        "recipes": ("recipe", "recipe_tuned", *compare.SPIKING, "recipe_from_one_pair"),
         "their controls": ("first_recipe", "first_recipe_tuned"),
         "recipe, longer": ("recipe_longer",),
     }

@@ -240,6 +240,16 @@ def test_the_best_setting_in_validation_is_tested_and_finished_runs_are_not_repe
         compare.read_groups(folder, tmp_path / "none")
 
 
+def test_a_loss_that_is_not_finite_loses_the_search_and_is_not_tested(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "LEARNING_RATES", (math.inf, 0.003))
+    assert compare.best_setting(tmp_path / "a", "lstm")["learning_rate"] == 0.003
+    monkeypatch.setattr(compare, "LEARNING_RATES", (math.inf,))
+    assert compare.main(["--output_dir", str(tmp_path / "b"), "--networks", "lstm"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: lstm-seed1-learning_rateinf") and "the loss is not finite" in error
+    assert all(run.tests == [] for run in compare.read_runs(tmp_path / "b").values())
+
+
 # The files
 
 
@@ -276,6 +286,29 @@ def test_the_table_gives_mean_and_deviation():
 
     (row,) = compare.table({"lstm": [run(50), run(52)]})
     assert (row["5 pairs"], row["10 pairs"], row["updates"]) == ("51.0 ± 1.4", "", 2 * 141)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("metrics.csv", lambda text: text.replace("seed3", "seed9")),
+        ("metrics.csv", lambda text: text[: len(text) // 2]),
+        ("metrics.csv", lambda text: text.replace(",0.01,", ",x,", 1)),
+        ("tests.csv", lambda text: text.replace("accuracy", "percent", 1)),
+        ("tests.csv", lambda text: text.replace(",10,", ",ten,", 1)),
+        ("tests.csv", lambda text: "\n".join(text.splitlines()[:-1])),
+        ("runs.yaml", lambda text: text[: len(text) // 2]),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, monkeypatch, capsys, file, damage):
+    monkeypatch.setattr(compare, "train", None)
+    for name in ("metrics.csv", "tests.csv", "runs.yaml"):
+        text = (COMPARISON / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(damage(text) if name == file else text, encoding="utf-8")
+        assert name != file or damage(text) != text
+    assert compare.main(["--output_dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error and "damaged" in error and not (tmp_path / "comparison.csv").exists()
 
 
 @pytest.mark.parametrize("words", ["--networks lstn", "--seeds -1", "--seeds x"])
