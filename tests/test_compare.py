@@ -251,13 +251,12 @@ def test_a_loss_that_is_not_finite_loses_the_search_and_is_not_tested(tiny, monk
 
 
 def test_a_setting_that_diverges_after_good_epochs_is_not_chosen(monkeypatch, tmp_path):
-    good, diverging = ([{"train_loss": 0.1, "validation_loss": loss, "validation_accuracy": accuracy} for loss, accuracy in epochs]
-                       for epochs in ([(0.5, 80.0)], [(0.1, 99.0), (math.nan, 3.0)]))  # fmt: skip
-    monkeypatch.setattr(
-        compare,
-        "complete",
-        lambda _, options: compare.Result("", options, [], good if options["learning_rate"] == 0.003 else diverging, []),
-    )
+    def complete(_, options):
+        epochs = [(0.5, 80.0)] if options["learning_rate"] == 0.003 else [(0.1, 99.0), (math.nan, 3.0)]
+        metrics = [{"train_loss": 0.1, "validation_loss": loss, "validation_accuracy": accuracy} for loss, accuracy in epochs]
+        return compare.Result("", options, [], metrics, [])
+
+    monkeypatch.setattr(compare, "complete", complete)
     assert compare.best_setting(tmp_path, "lstm")["learning_rate"] == 0.003
 
 
